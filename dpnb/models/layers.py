@@ -1,0 +1,86 @@
+"""The two layers that plain Flax does not have: standardised convolution, spatial mean."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dpnb.batching import per_example
+from dpnb.convolution import conv_general_dilated
+
+Dtype = jax.typing.DTypeLike
+
+
+def standardise(kernel: jax.Array, gain: jax.Array, epsilon: float = 1e-4) -> jax.Array:
+    """Weight standardisation with gain (paper, section 3; Brock et al. 2021).
+
+    Each output channel gets mean 0 and variance `gain^2 / fan_in`:
+    `(w - mean) * gain / sqrt(max(var * fan_in, epsilon))`; epsilon is a floor, not added.
+
+    Args:
+      kernel: float32 [*spatial, features_in / groups, features_out].
+      gain: float32 [features_out].
+    Returns:
+      float32, the shape of `kernel`.
+    """
+    return _standardise(epsilon, kernel, gain)
+
+
+def _formula(epsilon, kernel, gain):
+    axes = tuple(range(kernel.ndim - 1))
+    fan_in = kernel.size // kernel.shape[-1]
+    mean = kernel.mean(axes)
+    variance = jnp.square(kernel - mean).mean(axes)
+    return (kernel - mean) * (gain * jax.lax.rsqrt(jnp.maximum(variance * fan_in, epsilon)))
+
+
+_standardise = jax.custom_vjp(_formula, nondiff_argnums=(0,))
+
+
+def _backward(epsilon, residuals, cotangent):
+    def vjp(kernel, gain, cotangent):
+        return jax.vjp(functools.partial(_formula, epsilon), kernel, gain)[1](cotangent)
+
+    return per_example(vjp)(*residuals, cotangent)
+
+
+_standardise.defvjp(lambda epsilon, *args: (_formula(epsilon, *args), args), _backward)
+
+
+class Conv(nnx.Module):
+    """A 2-d convolution with 'SAME' padding, bias, and (by default) weight standardisation.
+
+    Kernel ~ Normal(0, 1 / fan_in), untruncated; gain 1, bias 0 (the authors' released code).
+    Per-example weight gradients are fast, see `dpnb.convolution`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        standardised: bool = True,
+        dtype: Dtype | None = None,
+        rngs: nnx.Rngs,
+    ):
+        shape = (kernel_size, kernel_size, in_features, out_features)
+        init = nnx.initializers.variance_scaling(1.0, "fan_in", "normal")
+        self.kernel = nnx.Param(init(rngs.params(), shape, jnp.float32))
+        self.gain = nnx.Param(jnp.ones(out_features)) if standardised else None
+        self.bias = nnx.Param(jnp.zeros(out_features))
+        self.stride, self.dtype = stride, dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[batch, height, width, in_features] -> [batch, height', width', out_features]."""
+        kernel = self.kernel[...]
+        if self.gain is not None:
+            kernel = standardise(kernel, self.gain[...])
+        dtype = self.dtype or jnp.result_type(x, kernel)
+        y = conv_general_dilated(
+            x.astype(dtype), kernel.astype(dtype), (self.stride, self.stride), "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )  # fmt: skip
+        return y + self.bias[...].astype(dtype)

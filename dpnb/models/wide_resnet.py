@@ -1,0 +1,88 @@
+"""Wide-ResNet for differentially private training (paper, section 3 and appendix; PyTorch's
+and Flax's usual Wide-ResNets differ: here ReLU comes before the norm, convolutions are
+weight-standardised, and no layer looks at more than one example)."""
+
+from collections.abc import Callable
+
+import jax
+from flax import nnx
+
+from dpnb.models.layers import Conv, Dtype
+
+
+class Block(nnx.Module):
+    """Two times [ReLU -> norm -> 3x3 convolution], plus a skip path.
+
+    The first block of every stage projects its skip: ReLU -> norm -> 1x1 convolution.
+    """
+
+    def __init__(self, cin: int, cout: int, stride: int, first: bool, *, conv, norm):
+        self.norm1, self.conv1 = norm(cin), conv(cin, cout, 3, stride=stride)
+        self.norm2, self.conv2 = norm(cout), conv(cout, cout, 3)
+        self.skip_norm = norm(cin) if first else None
+        self.skip_conv = conv(cin, cout, 1, stride=stride) if first else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        skip = x if self.skip_conv is None else self.skip_conv(self.skip_norm(nnx.relu(x)))
+        y = self.conv1(self.norm1(nnx.relu(x)))
+        return self.conv2(self.norm2(nnx.relu(y))) + skip
+
+
+class WideResNet(nnx.Module):
+    """WRN-depth-width, `depth = 6 n + 4`, with n blocks in each of three stages.
+
+    Stem 3x3 to 16 channels; stages of 16, 32, 64 times `width` channels at strides 1, 2, 2;
+    head ReLU -> norm -> mean over positions -> linear.  Source: the released code behind
+    section 3 of the paper.  WRN-16-4 with 10 classes has 2,753,818 parameters.
+
+    Args:
+      depth: 10, 16, 22, 28, 34, 40, ...
+      width: the widening factor.
+      num_classes: size of the output.
+      groups: groups of the group norm; channels must divide into them.
+      dtype: of the computation (None: that of the inputs; "bfloat16" halves the memory).
+        Parameters, norm statistics and weight standardisation stay float32.
+      rngs: for the initial parameters.
+    Raises:
+      ValueError: `depth` is not 6 n + 4.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        width: int,
+        num_classes: int = 10,
+        *,
+        groups: int = 16,
+        norm: Callable[[int], nnx.Module] | None = None,
+        dtype: Dtype | None = None,
+        rngs: nnx.Rngs,
+    ):
+        if depth < 10 or (depth - 4) % 6:
+            raise ValueError(f"depth must be 6 n + 4 (10, 16, 22, 28, 40 ...), got {depth}")
+
+        def group_norm(features: int) -> nnx.Module:
+            return nnx.GroupNorm(features, groups, epsilon=1e-5, dtype=dtype, rngs=rngs)
+
+        def conv(cin: int, cout: int, size: int, stride: int = 1) -> Conv:
+            return Conv(cin, cout, size, stride=stride, dtype=dtype, rngs=rngs)
+
+        norm = norm or group_norm
+        self.stem = conv(3, 16, 3)
+        blocks, cin = [], 16
+        for channels, stride in ((16 * width, 1), (32 * width, 2), (64 * width, 2)):
+            for i in range((depth - 4) // 6):
+                blocks.append(Block(cin, channels, stride if i == 0 else 1, i == 0, conv=conv, norm=norm))
+                cin = channels
+        self.blocks = nnx.List(blocks)
+        self.norm = norm(cin)
+        init = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+        self.linear = nnx.Linear(cin, num_classes, kernel_init=init, rngs=rngs)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Images float [batch, height, width, 3] -> logits float32 [batch, num_classes]."""
+        x = self.stem(images)
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm(nnx.relu(x)).mean((1, 2))
+        return self.linear(x.astype(self.linear.kernel[...].dtype))
