@@ -214,6 +214,7 @@ def conv_general_dilated(
       [batch, *spatial_out, out_features], of the inputs' dtype.
     """
     rank = lhs.ndim - 2
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}  # Flax: out_sharding=None
     ours = 1 <= rank <= 3 and lhs.dtype == rhs.dtype and not kwargs
     ours &= preferred_element_type in (None, lhs.dtype) and batch_group_count == 1
     ours &= lhs_dilation is None or all(d == 1 for d in lhs_dilation)

@@ -25,6 +25,6 @@ def functional(model: nnx.Module) -> tuple[dict[str, Any], Callable[[Any, jax.Ar
     graph, params, rest = nnx.split(model, nnx.Param, ...)
 
     def apply(params, inputs):
-        return nnx.merge(graph, params, rest)(inputs)
+        return nnx.merge(graph, params, rest, copy=True)(inputs)
 
     return nnx.to_pure_dict(params), apply

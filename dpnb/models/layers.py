@@ -30,9 +30,10 @@ def standardise(kernel: jax.Array, gain: jax.Array, epsilon: float = 1e-4) -> ja
 def _formula(epsilon, kernel, gain):
     axes = tuple(range(kernel.ndim - 1))
     fan_in = kernel.size // kernel.shape[-1]
-    mean = kernel.mean(axes)
-    variance = jnp.square(kernel - mean).mean(axes)
-    return (kernel - mean) * (gain * jax.lax.rsqrt(jnp.maximum(variance * fan_in, epsilon)))
+    centred = kernel - kernel.mean(axes, keepdims=True)
+    variance = jnp.square(centred).mean(axes)
+    scale = gain * jax.lax.rsqrt(jnp.maximum(variance * fan_in, epsilon))
+    return centred * jnp.expand_dims(scale, axes)
 
 
 _standardise = jax.custom_vjp(_formula, nondiff_argnums=(0,))
@@ -83,4 +84,4 @@ class Conv(nnx.Module):
             x.astype(dtype), kernel.astype(dtype), (self.stride, self.stride), "SAME",
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )  # fmt: skip
-        return y + self.bias[...].astype(dtype)
+        return y + jnp.expand_dims(self.bias[...].astype(dtype), (0, 1, 2))

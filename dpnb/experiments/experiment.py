@@ -1,0 +1,105 @@
+"""What one private training run is: a frozen dataclass, one field per decision."""
+
+import dataclasses
+import hashlib
+import json
+import math
+
+SAMPLERS = ("poisson", "shuffle")
+ACCOUNTANTS = ("pld", "rdp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One cell of a table, or anything else that can be trained with DP-SGD.
+
+    Exactly one of (`noise_multiplier`, `steps`, `epsilon`) may be None: it is calibrated
+    from the other two, without overshoot. Unknown field names raise TypeError.
+
+    Attributes:
+      name: unique, e.g. "cifar10/wrn-16-4/eps8".
+      dataset: "cifar10", "cifar100", "digits", or what a prepared array file holds.
+      depth, width: of the Wide-ResNet.
+      epsilon, delta: the budget, under add-or-remove-one; epsilon = inf for none.
+      noise_multiplier: sigma, noise standard deviation / sensitivity.
+      steps: number of updates.
+      expected_batch_size: B; every example enters with probability q = B / N.
+      augmult: K, augmented views per example; 0 is the plain image.
+      clip_norm: C; the update is divided by C, so that learning_rate does not depend on it.
+      ema_decay: upper limit of the averaging coefficient min(ema_decay, (1 + t) / (10 + t)).
+      sampler: "poisson" (exact) or "shuffle" (as the paper ran; its epsilon is nominal).
+      accountant: "pld" or "rdp", used for calibration; results state both.
+      validation: hold out this many training images and report on them, for tuning.
+      compute_dtype: "float32" or "bfloat16"; clipping, sums and noise are float32 always.
+      seed: of everything random. None draws a secret one, which no record shows.
+      physical_batch_size: examples per device and call; None fits it to the memory.
+      eval_every: updates between points of the curve; 0 evaluates only at the end.
+      eval_examples: evaluation images for the curve (the end always uses all of them).
+      preset: the scale of the run (smoke, teach, colab, paper).
+      data_note: caveat about the data, copied into the record.
+      paper_mean, paper_std: test accuracy in percent in the paper, None where unknown.
+      paper_source: where the number stands, and whether it is verified.
+    """
+
+    name: str
+    dataset: str = "cifar10"
+    depth: int = 16
+    width: int = 4
+    epsilon: float | None = 8.0
+    delta: float = 1e-5
+    noise_multiplier: float | None = None
+    steps: int | None = 1000
+    expected_batch_size: int = 4096
+    augmult: int = 16
+    clip_norm: float = 1.0
+    learning_rate: float = 2.0
+    ema_decay: float = 0.9999
+    sampler: str = "poisson"
+    accountant: str = "pld"
+    validation: int = 0
+    compute_dtype: str = "float32"
+    seed: int | None = 0
+    physical_batch_size: int | None = None
+    eval_every: int = 100
+    eval_examples: int = 10_000
+    preset: str = "paper"
+    data_note: str = ""
+    paper_mean: float | None = None
+    paper_std: float | None = None
+    paper_source: str = ""
+
+    def __post_init__(self):
+        def check(ok, invariant, got):
+            if not ok:
+                raise ValueError(f"{self.name}: {invariant}, got {got!r}")
+
+        free = [n for n in ("noise_multiplier", "steps", "epsilon") if getattr(self, n) is None]
+        check(len(free) <= 1, "at most one of noise_multiplier, steps, epsilon may be None", free)
+        check(self.epsilon is None or self.epsilon > 0, "epsilon must be positive (inf for none)", self.epsilon)
+        check(0 < self.delta < 1, "delta must be in (0, 1)", self.delta)
+        sigma = self.noise_multiplier
+        check(sigma is None or 0 <= sigma < math.inf, "noise_multiplier must be finite and >= 0", sigma)
+        check(self.steps is None or self.steps > 0, "steps must be positive", self.steps)
+        check(self.expected_batch_size > 0, "expected_batch_size must be positive", self.expected_batch_size)
+        check(self.augmult >= 0, "augmult must be >= 0", self.augmult)
+        check(self.clip_norm > 0, "clip_norm must be positive", self.clip_norm)
+        check(0 <= self.ema_decay < 1, "ema_decay must be in [0, 1)", self.ema_decay)
+        check(self.sampler in SAMPLERS, f"sampler must be one of {SAMPLERS}", self.sampler)
+        check(self.accountant in ACCOUNTANTS, f"accountant must be one of {ACCOUNTANTS}", self.accountant)
+        check(
+            self.compute_dtype in ("float32", "bfloat16"),
+            "compute_dtype must be float32 or bfloat16",
+            self.compute_dtype,
+        )
+
+    def replace(self, **changes) -> "Experiment":
+        """A copy with some fields changed; an unknown name raises TypeError."""
+        return dataclasses.replace(self, **changes)
+
+    def fingerprint(self, **more) -> str:
+        """SHA-256 of everything here (and `more`) that determines the released parameters."""
+        presentation = {"name", "preset", "data_note", "paper_mean", "paper_std", "paper_source"}
+        presentation |= {"eval_every", "eval_examples", "seed"}
+        fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in presentation}
+        text = json.dumps({**fields, **more}, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,78 @@
+"""One line of progress: a bar for people at a terminal or notebook, plain lines in batch."""
+
+import os
+import sys
+import time
+from typing import Any
+
+
+def interactive() -> bool:
+    """Is somebody watching?  Under papermill, nbconvert or a pipe: no."""
+    choice = os.environ.get("DPNB_PROGRESS")  # "bar" or "plain" decides
+    if choice:
+        return choice == "bar"
+    if "ipykernel" not in sys.modules:
+        return sys.stderr.isatty()
+    if "google.colab" in sys.modules:
+        return True
+    try:
+        import psutil  # ipykernel needs it too
+
+        parent = " ".join(psutil.Process(os.getppid()).cmdline())
+    except Exception:
+        return False
+    return "jupyter" in parent and not any(batch in parent for batch in ("papermill", "nbconvert", "execute"))
+
+
+class Progress:
+    """Counts updates from `start` to `total`, with numbers beside them.
+
+    In batch it prints at most about twenty lines, and at least one every `seconds`.
+    """
+
+    def __init__(self, total: int, start: int = 0, seconds: float = 60.0):
+        self.total, self.done, self.start = total, start, start
+        self.seconds, self.began = seconds, time.monotonic()
+        self.printed = self.began
+        self.examples, self.accuracies, self.bar = 0, {}, None
+        if interactive():
+            from tqdm.auto import tqdm
+
+            self.bar = tqdm(total=total, initial=start, unit="update", dynamic_ncols=True)
+
+    def advance(self, point: dict[str, Any]) -> None:
+        """One more update is done; `point` is a point of the training curve."""
+        self.done += 1
+        self.examples += point["batch_size"]
+        now = time.monotonic()
+        for name in ("raw_accuracy", "ema_accuracy"):  # the last known ones stay on show
+            if name in point:
+                self.accuracies[name.replace("_accuracy", "")] = f"{point[name]:.1f}%"
+        shown = {
+            "loss": f"{point['train_loss']:.3f}",
+            "train": f"{point['train_accuracy']:.1f}%",
+            **self.accuracies,
+            "epsilon": f"{point['epsilon']:.3g}",
+            "examples/s": f"{self.examples / (now - self.began):.0f}",
+        }
+        if self.bar is not None:
+            self.bar.set_postfix(shown, refresh=False)
+            self.bar.update()
+            return
+        every = max(1, self.total // 20)
+        if self.done % every == 0 or self.done == self.total or now - self.printed > self.seconds:
+            self.printed = now
+            left = (now - self.began) / (self.done - self.start) * (self.total - self.done)
+            numbers = "  ".join(f"{k} {v}" for k, v in shown.items())
+            print(f"update {self.done}/{self.total}  {numbers}  time left {left / 60:.1f} min", flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+

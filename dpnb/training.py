@@ -1,0 +1,201 @@
+"""The loop: one private training run, from images to averaged parameters and a ledger.
+
+raw -> sample -> augment -> per-example gradient -> mean over views -> clip -> sum
+-> all-reduce -> noise -> / expected batch -> optimizer -> EMA -> ledger
+(the arrows from `sample` to `EMA` are `dpnb.update.one_update`)
+"""
+
+import dataclasses
+import math
+import pathlib
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+
+from dpnb import privacy
+from dpnb.checkpoints import Checkpoints, run_seed
+from dpnb.data import Dataset
+from dpnb.evaluation import Evaluation, local, make_evaluate
+from dpnb.experiments.experiment import Experiment
+from dpnb.models.checks import check_independent
+from dpnb.progress import Progress
+from dpnb.update import Seen, make_model, make_trainer, one_update
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a training run leaves.
+
+    history: one dict per point of the curve; its training loss, accuracy, norms and clipped
+      fractions are not private.
+    raw, ema: evaluations of the final parameters, last iterate and averaged.
+    events: the ledger, run-length coded, as `dpnb.privacy` reads it.
+    seconds: wall time of training in this process, evaluation and compilation included.
+    """
+
+    experiment: Experiment
+    params: Any
+    ema_params: Any
+    history: list[dict[str, Any]]
+    raw: Evaluation
+    ema: Evaluation
+    events: list[dict[str, Any]]
+    steps: int
+    seconds: float
+    devices: str
+    stopped: str  # why the run ended before its last step; "" if it did not
+
+
+def calibrated(experiment: Experiment, n: int) -> Experiment:
+    """Fills in the one field among (noise_multiplier, steps, epsilon) that is None.
+
+    Args:
+      n: number of training examples; q = expected_batch_size / n.
+    Raises:
+      ValueError: all three are given and the steps do not fit the budget; B > n.
+    """
+    e, q = experiment, experiment.expected_batch_size / n
+    if q > 1:
+        raise ValueError(
+            f"{e.name}: expected_batch_size must be at most the {n} training examples, "
+            f"got {e.expected_batch_size}; set a smaller one"
+        )
+    if e.epsilon is None:
+        mechanism = privacy.Mechanism(e.noise_multiplier, q, e.sampler)
+        return e.replace(epsilon=privacy.epsilon(mechanism, e.steps, e.delta, e.accountant))
+    budget = privacy.PrivacyBudget(e.epsilon, e.delta)
+    if e.steps is None:
+        return e.replace(steps=privacy.calibrate_steps(budget, q, e.noise_multiplier, e.accountant))
+    if e.noise_multiplier is None:
+        if math.isinf(e.epsilon):
+            return e.replace(noise_multiplier=0.0)
+        return e.replace(noise_multiplier=privacy.calibrate_noise(budget, q, e.steps, e.accountant))
+    return e
+
+
+def train(
+    experiment: Experiment,
+    data: Dataset,
+    directory: str | pathlib.Path,
+    *,
+    model: nnx.Module | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    devices: list[jax.Device] | None = None,
+    checkpoint_every: float = 300.0,
+    stop_at_step: int | None = None,
+) -> Run:
+    """Trains with DP-SGD, or goes on where a killed run in `directory` stopped.
+
+    Formal guarantee: with sampler "poisson" the sequence of parameters is
+    (epsilon, delta)-differentially private under adding or removing one training image, for
+    whoever does not know the seed; `privacy.privacy_statement` says what this leaves out.
+    Every step is in the ledger before its result exists, and a step that would overspend
+    the budget is not taken.
+
+    Args:
+      experiment: calibrated here where needed.
+      data: images, labels, and the split to report on.
+      directory: of the ledger and the checkpoints; one run each.
+      model, optimizer, devices: see `dpnb.update.make_trainer`.
+      checkpoint_every: seconds between checkpoints; the curve's points are saved too.
+      stop_at_step: stop early on purpose, after a checkpoint, to go on later.
+    Raises:
+      ValueError: bad hyper-parameters, or the directory holds another experiment's run.
+      MixesExamples: the model lets one example influence another.
+    """
+    began, directory = time.monotonic(), pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    experiment = calibrated(experiment, len(data.train.labels))
+    seed = run_seed(directory, experiment.seed)
+    check_independent(model or make_model(experiment, len(data.classes), seed), noise_images(data))
+    trainer = make_trainer(experiment, data, seed=seed, model=model, optimizer=optimizer, devices=devices)
+    fingerprint = experiment.fingerprint(
+        seed=seed, data=data.fingerprint, custom=str((model, optimizer)) if model or optimizer else ""
+    )
+    hardware = f"{trainer.mesh.devices.size} x {trainer.mesh.devices.flat[0].device_kind}, jax {jax.__version__}"
+    checkpoints = Checkpoints(directory, fingerprint)
+    state, history = checkpoints.restore(trainer.state)
+    q = experiment.expected_batch_size / len(data.train.labels)
+    mechanism = privacy.Mechanism(experiment.noise_multiplier, q, experiment.sampler)
+    budget = privacy.PrivacyBudget(experiment.epsilon, experiment.delta)
+    journal = directory / "ledger.jsonl" if jax.process_index() == 0 else None
+    evaluate, stopped, saved = make_evaluate(trainer.apply), "", time.monotonic()
+    with (
+        privacy.Ledger(journal, budget, experiment.accountant) as ledger,
+        Progress(experiment.steps, int(state.step)) as progress,
+    ):
+        spent = epsilon_spent(mechanism, experiment)
+        try:
+            for step in range(int(state.step), experiment.steps):
+                if step == stop_at_step:
+                    stopped = f"stopped on purpose after {step} of {experiment.steps} updates"
+                    break
+                ledger.charge(step, mechanism, f"{fingerprint} {hardware}")
+                state, seen = one_update(trainer, state)
+                point = curve_point(step + 1, seen, spent(step + 1))
+                last = step + 1 == experiment.steps
+                if last or (experiment.eval_every and (step + 1) % experiment.eval_every == 0):
+                    split = data.test.head(experiment.eval_examples)
+                    point["raw_accuracy"] = evaluate(state.params, split).accuracy
+                    point["ema_accuracy"] = evaluate(state.ema, split).accuracy
+                    history.append(point)
+                if last or time.monotonic() - saved > checkpoint_every:
+                    checkpoints.save(state, history)
+                    saved = time.monotonic()
+                progress.advance(point)
+        except privacy.BudgetExceeded as refusal:
+            stopped = str(refusal)
+        finally:  # an interrupted run loses nothing that it paid for
+            checkpoints.save(state, history)
+            checkpoints.close()
+        events = ledger.events()
+    return Run(
+        experiment=experiment,
+        params=state.params,
+        ema_params=state.ema,
+        history=history,
+        raw=evaluate(state.params, data.test),
+        ema=evaluate(state.ema, data.test),
+        events=events,
+        steps=int(state.step),
+        seconds=time.monotonic() - began,
+        devices=hardware,
+        stopped=stopped,
+    )
+
+
+def curve_point(step: int, seen: Seen, epsilon: float) -> dict[str, Any]:
+    """One point of the curve. All but step and epsilon are training statistics, not private."""
+    seen = Seen(*[float(local(x)) for x in seen])
+    n = max(seen.examples, 1.0)
+    return {
+        "step": step,
+        "epsilon": epsilon,
+        "batch_size": int(seen.examples),
+        "train_loss": seen.loss / n,
+        "train_accuracy": 100 * seen.right / n,
+        "mean_norm": seen.norm / n,
+        "clipped_fraction": seen.clipped / n,
+        "nonfinite": int(seen.nonfinite),
+    }
+
+
+def epsilon_spent(mechanism: privacy.Mechanism, experiment: Experiment, points: int = 16):
+    """A cheap function steps -> epsilon, never below the true one.
+
+    The accountant runs at `points` numbers of steps; between two of them the later one's
+    epsilon is given.
+    """
+    steps = np.unique(np.linspace(1, experiment.steps, points).astype(int))
+    curve = privacy.epsilon_curve(mechanism, steps, experiment.delta, experiment.accountant)
+    return lambda step: float(curve[np.searchsorted(steps, step)])
+
+
+def noise_images(data: Dataset, n: int = 4) -> np.ndarray:
+    """Random images of the data's shape, float32 [n, h, w, c]: no training data is touched."""
+    shape = (n, *data.train.images.shape[1:])
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)

@@ -1,0 +1,252 @@
+"""The compiled pieces of one update: accumulate on every device, then update once.
+
+augment -> per-example gradient -> mean over views -> clip -> sum | all-reduce -> noise
+-> / expected batch -> optimizer -> EMA
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dpnb import augment, sampling
+from dpnb.clipping import ClippedGrad, clipped_grad
+from dpnb.data import Dataset
+from dpnb.experiments.experiment import Experiment
+from dpnb.models import WideResNet, functional
+from dpnb.noise import add_noise
+
+PyTree = Any
+
+
+class State(NamedTuple):
+    """All that an update reads and writes; one checkpoint holds it whole."""
+
+    step: jax.Array  # int32 [], updates done
+    params: PyTree  # float32
+    ema: PyTree  # float32, like params
+    optimizer: PyTree
+    key: jax.Array  # uint32 [2], the root of augmentation and noise; never used directly
+
+
+class Totals(NamedTuple):
+    """Sums over a logical batch, one partial sum per device: leading axis [devices]."""
+
+    gradient: PyTree  # clipped, float32; private once noise is added
+    seen: "Seen"
+
+
+class Seen(NamedTuple):
+    """Sums over a logical batch that are NOT private: never released, only shown.
+
+    All float32: examples, loss, fraction of views classified rightly, gradient norm before
+    clipping (finite ones), examples that were clipped, examples with a non-finite gradient.
+    """
+
+    examples: jax.Array
+    loss: jax.Array
+    right: jax.Array
+    norm: jax.Array
+    clipped: jax.Array
+    nonfinite: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """The compiled pieces of one experiment on one data set; see `make_trainer`."""
+
+    experiment: Experiment
+    sampler: sampling.Poisson | sampling.Shuffle
+    apply: Callable[[PyTree, jax.Array], jax.Array]
+    grad: ClippedGrad
+    mesh: jax.sharding.Mesh
+    state: State  # before the first update
+    images: jax.Array  # uint8 [n, h, w, c] on every device
+    labels: jax.Array  # int32 [n]
+    physical_batch_size: int  # examples, over all devices
+    zero: Callable  # () -> Totals
+    accumulate: Callable  # (params, totals, images, labels, indices, mask, key) -> Totals
+    update: Callable  # (state, totals) -> state, Seen
+
+
+def root_key(seed: int) -> jax.Array:
+    """uint32 [2] holding all 64 bits of the seed."""
+    return np.array([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32)
+
+
+def step_keys(root: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(augmentation key, noise key) of one update; no two updates or uses share one."""
+    augmentation, noise = jax.random.split(jax.random.fold_in(jax.random.wrap_key_data(root), step))
+    return augmentation, noise
+
+
+def make_model(experiment: Experiment, num_classes: int, seed: int) -> nnx.Module:
+    """The experiment's network with its initial parameters."""
+    dtype = None if experiment.compute_dtype == "float32" else experiment.compute_dtype
+    rngs = nnx.Rngs(params=jax.random.fold_in(jax.random.wrap_key_data(root_key(seed)), 2**31))
+    return WideResNet(experiment.depth, experiment.width, num_classes, dtype=dtype, rngs=rngs)
+
+
+def make_loss(apply) -> Callable:
+    """Softmax cross-entropy per view, with the fraction of views that are classified rightly."""
+
+    def loss(params, example):
+        views, label = example  # [K, h, w, c], []
+        logits = apply(params, views)
+        labels = jnp.broadcast_to(label, logits.shape[:1])
+        right = jnp.mean(logits.argmax(-1) == labels, dtype=jnp.float32)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels), right
+
+    return loss
+
+
+def make_trainer(
+    experiment: Experiment,
+    data: Dataset,
+    *,
+    seed: int,
+    model: nnx.Module | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    devices: list[jax.Device] | None = None,
+    physical_batch_size: int | None = None,
+) -> Trainer:
+    """Compiles nothing yet, spends nothing yet: puts data and parameters on the devices.
+
+    Args:
+      experiment: with `noise_multiplier` and `steps` known (see `dpnb.budget.solve`).
+      data: uint8 images; they are copied to every device.
+      seed: of sampling, augmentation, noise and initial parameters.
+      model: any NNX model of images [batch, h, w, c] -> logits (default: the experiment's).
+      optimizer: any Optax transformation (default: SGD without momentum, as in the paper).
+      devices: default all devices of all processes, as a one-dimensional mesh.
+      physical_batch_size: examples per device and call; default `experiment`'s, else two
+        microbatches of eight views.
+    """
+    n, devices = len(data.train.labels), devices or jax.devices()
+    mesh = jax.sharding.Mesh(np.array(devices), ("data",))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    params, apply = functional(model or make_model(experiment, len(data.classes), seed))
+    optimizer = optimizer or optax.sgd(experiment.learning_rate)
+    rescale = math.isfinite(experiment.clip_norm)
+    physical = physical_batch_size or experiment.physical_batch_size or 2 * microbatch(experiment.augmult)
+    half = physical // 2 if physical % 2 == 0 and devices[0].platform == "cpu" else None
+    grad = clipped_grad(
+        make_loss(apply), experiment.clip_norm, rescale_to_unit_norm=rescale, has_aux=True, microbatch_size=half
+    )
+    if experiment.sampler == "poisson":
+        sampler = sampling.Poisson(n, experiment.expected_batch_size / n, seed)
+    else:
+        sampler = sampling.Shuffle(n, experiment.expected_batch_size, seed)
+    zero = jnp.zeros((), jnp.int32)
+    state = State(zero, params, params, optimizer.init(params), root_key(seed))
+    put = functools.partial(put_everywhere, sharding=everywhere)
+    return Trainer(
+        experiment=experiment,
+        sampler=sampler,
+        apply=apply,
+        grad=grad,
+        mesh=mesh,
+        state=jax.tree.map(put, state),
+        images=put(data.train.images),
+        labels=put(data.train.labels.astype(np.int32)),
+        physical_batch_size=physical * len(devices),
+        zero=make_zero(jax.tree.map(np.asarray, params), mesh),
+        accumulate=make_accumulate(grad, experiment.augmult, mesh),
+        update=make_update(experiment, grad.sensitivity, optimizer, mesh),
+    )
+
+
+def microbatch(augmult: int) -> int:
+    """Examples per microbatch: about eight views, the fastest on CPU in benchmarks/."""
+    return max(1, 8 // max(augmult, 1))
+
+
+def put_everywhere(x, sharding: NamedSharding) -> jax.Array:
+    """The same array on every device of every process."""
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
+def make_accumulate(grad: ClippedGrad, augmult: int, mesh: jax.sharding.Mesh) -> Callable:
+    """One physical batch: every device adds its clipped gradients to its own partial sum."""
+
+    def local(params, totals, images, labels, indices, mask, key):
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)  # by example, not by place
+        views = jax.vmap(augment.views, (0, 0, None))(keys, images[indices], augmult)
+        mine = jax.tree.map(lambda t: t[0], totals)
+        gradient, info = grad(params, (views, labels[indices]), mask, mine.gradient)
+        finite = jnp.isfinite(info.norms)
+        new = Seen(
+            examples=mask,
+            loss=jnp.where(jnp.isfinite(info.losses), info.losses, 0),
+            right=info.aux * mask,
+            norm=jnp.where(finite, info.norms, 0),
+            clipped=finite & (info.norms > grad.clip_norm),
+            nonfinite=~finite,
+        )
+        seen = jax.tree.map(lambda total, x: total + x.astype(jnp.float32).sum(), mine.seen, new)
+        return jax.tree.map(lambda t: t[None], Totals(gradient, seen))
+
+    one, split = PartitionSpec(), PartitionSpec("data")
+    sharded = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(one, split, one, one, split, split, one),
+        out_specs=split,
+        check_vma=False,  # the convolution's own rules know nothing of varying types
+    )
+    return jax.jit(sharded, donate_argnums=1)
+
+
+def make_update(experiment: Experiment, sensitivity: float, optimizer, mesh) -> Callable:
+    """All-reduce, noise once, divide by the expected batch size, optimizer step, EMA."""
+    sigma = experiment.noise_multiplier
+    std = sigma * sensitivity if sigma else 0.0
+
+    def update(state: State, totals: Totals) -> tuple[State, Seen]:
+        total, seen = jax.tree.map(lambda t: t.sum(0), totals)
+        _, noise_key = step_keys(state.key, state.step)
+        noisy = add_noise(total, noise_key, std)
+        gradient = jax.tree.map(lambda g: g / experiment.expected_batch_size, noisy)
+        changes, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, changes)
+        t = state.step.astype(jnp.float32)
+        decay = jnp.minimum(experiment.ema_decay, (1 + t) / (10 + t))
+        ema = optax.incremental_update(params, state.ema, 1 - decay)
+        return State(state.step + 1, params, ema, optimizer_state, state.key), seen
+
+    # The state is not donated: an interrupted update leaves the state before it intact.
+    return jax.jit(update, donate_argnums=1, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+def make_zero(params: PyTree, mesh: jax.sharding.Mesh) -> Callable[[], Totals]:
+    """Zeros for one logical batch, a partial sum on every device."""
+    devices = mesh.devices.size
+
+    def zero():
+        gradient = jax.tree.map(lambda p: jnp.zeros((devices, *p.shape), jnp.float32), params)
+        return Totals(gradient, Seen(*[jnp.zeros(devices)] * len(Seen._fields)))
+
+    return jax.jit(zero, out_shardings=NamedSharding(mesh, PartitionSpec("data")))
+
+
+def one_update(trainer: Trainer, state: State) -> tuple[State, Seen]:
+    """One private update on the examples that the sampler draws for this step."""
+    indices = trainer.sampler.indices(int(state.step))
+    augmentation_key, _ = step_keys(state.key, state.step)
+    split = NamedSharding(trainer.mesh, PartitionSpec("data"))
+    totals = trainer.zero()
+    for batch in sampling.physical_batches(indices, trainer.physical_batch_size):
+        batch = [jax.make_array_from_callback(x.shape, split, lambda at, x=x: x[at]) for x in batch]
+        totals = trainer.accumulate(
+            state.params, totals, trainer.images, trainer.labels, *batch, augmentation_key
+        )
+    return trainer.update(state, totals)
