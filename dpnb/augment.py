@@ -36,6 +36,12 @@ def normalise(images) -> jax.Array:
     return (jnp.asarray(images).astype(jnp.float32) / 255 - mean) / std
 
 
+def denormalise(images) -> jax.Array:
+    """The inverse of `normalise`, for pictures: float [..., h, w, 3] -> uint8, rounded."""
+    pixels = (images * jnp.asarray(STD, jnp.float32) + jnp.asarray(MEAN, jnp.float32)) * 255
+    return jnp.clip(jnp.round(pixels), 0, 255).astype(jnp.uint8)
+
+
 def views(key, image, augmult: int) -> jax.Array:
     """K independent random views of one image, normalised (paper, section 3.2 and its code).
 

@@ -23,19 +23,19 @@ class Checkpoints:
         self.manager = ocp.CheckpointManager((directory / "checkpoints").absolute(), options=options)
         self.fingerprint, self.directory = fingerprint, directory
 
-    def save(self, state: Any, history: History) -> None:
+    def save(self, state: Any, history: History, events: list[dict]) -> None:
         """Writes atomically: a run killed while writing resumes from the checkpoint before."""
-        extra = {"fingerprint": self.fingerprint, "history": history}
+        extra = {"fingerprint": self.fingerprint, "history": history, "events": events}
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(extra))
         step = int(state.step)
         if step not in self.manager.all_steps():
             self.manager.save(step, args=args)
 
-    def restore(self, like: Any) -> tuple[Any, History]:
-        """The newest state and its history, placed on the devices as `like`; else (like, [])."""
+    def restore(self, like: Any) -> tuple[Any, History, list[dict]]:
+        """The newest state, on the devices as `like`, its history and ledger; else (like, [], [])."""
         step = self.manager.latest_step()
         if step is None:
-            return like, []
+            return like, [], []
         extra = self.manager.restore(step, args=ocp.args.Composite(extra=ocp.args.JsonRestore())).extra
         if extra["fingerprint"] != self.fingerprint:
             raise ValueError(
@@ -44,7 +44,7 @@ class Checkpoints:
             )
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        return self.manager.restore(step, args=args).state, extra["history"]
+        return self.manager.restore(step, args=args).state, extra["history"], extra["events"]
 
     def close(self) -> None:
         self.manager.close()

@@ -15,8 +15,8 @@ import io
 import os
 import pathlib
 import tarfile
-import tempfile
 import zipfile
+import zlib
 
 import numpy as np
 
@@ -62,6 +62,10 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def head(self, n: int) -> "Split":
+        """The first n images (all, where there are fewer)."""
+        return Split(self.images[:n], self.labels[:n])
 
     def __repr__(self) -> str:
         return f"Split(uint8 {list(self.images.shape)})"
@@ -144,9 +148,9 @@ def save(dataset: Dataset, path) -> None:
     """Write an array file for `load(name, file=path)`; a crash leaves no half file behind."""
     path = pathlib.Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with os.fdopen(handle, "wb") as out:
+        with open(temporary, "wb") as out:
             np.savez(
                 out,
                 train_images=dataset.train.images, train_labels=dataset.train.labels,
@@ -155,20 +159,16 @@ def save(dataset: Dataset, path) -> None:
             )  # fmt: skip
             out.flush()
             os.fsync(out.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's 0600 is for secrets
         os.replace(temporary, path)
-    except BaseException:
-        pathlib.Path(temporary).unlink(missing_ok=True)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _load_file(name: str, path: pathlib.Path) -> Dataset:
     export = f"python -m dpnb.data {name if name in CLASSES else 'cifar10'} --data-dir DIR --npz {path}"
     keys = ("train_images", "train_labels", "test_images", "test_labels", "classes", "note")
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with open(path, "rb") as handle, np.load(handle, allow_pickle=False) as arrays:
             missing = [key for key in keys if key not in arrays]
             if missing:
                 raise DataError(f"{path} lacks the arrays {', '.join(missing)}; write it with: {export}")
@@ -178,10 +178,14 @@ def _load_file(name: str, path: pathlib.Path) -> Dataset:
     except DataError:
         raise
     except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} is not a readable .npz array file ({error}); write it with: {export}") from error
+        raise DataError(
+            f"{path} is not a readable .npz array file ({error}); write it with: {export}"
+        ) from error
     classes = tuple(map(str, found["classes"].reshape(-1)))
     if len(classes) != CLASSES.get(name, len(classes)):
-        raise DataError(f"{name} has {CLASSES[name]} classes, {path} has {len(classes)}; is it another data set?")
+        raise DataError(
+            f"{name} has {CLASSES[name]} classes, {path} has {len(classes)}; is it another data set?"
+        )
     train, test = (Split(found[f"{s}_images"], found[f"{s}_labels"]) for s in ("train", "test"))
     return Dataset(name, train, test, classes, str(found["note"]))
 
@@ -287,6 +291,10 @@ def _builder(tfds, name: str) -> type:
     """TFDS's CIFAR builder, except that it extracts and encodes images without TensorFlow."""
 
     class WithoutTensorFlow(tfds.builder_cls(name), skip_registration=True):
+        # Else TFDS looks for its checksums beside this file, by way of importlib_resources, a
+        # package that it does not declare. With None it uses the checksums that it ships.
+        code_path = None
+
         def _split_generators(self, dl_manager):
             info = self._cifar_info
             archive = _download(dl_manager, info, self.data_dir_root)
@@ -325,7 +333,9 @@ def _check_reachable(builder) -> None:
     try:
         requests.head(info.url, timeout=20, allow_redirects=True)
     except requests.RequestException as error:
-        raise DataError(f"no network to {info.url} ({type(error).__name__}); {_by_hand(info, root)}") from error
+        raise DataError(
+            f"no network to {info.url} ({type(error).__name__}); {_by_hand(info, root)}"
+        ) from error
 
 
 def _download(dl_manager, info, root) -> pathlib.Path:
@@ -335,22 +345,30 @@ def _download(dl_manager, info, root) -> pathlib.Path:
     try:
         return pathlib.Path(dl_manager.download(info.url))
     except download_manager.NonMatchingChecksumError as error:
-        raise DataError(f"the archive is incomplete or not the known one ({error}); delete it and run again") from error
+        raise DataError(
+            f"the archive is incomplete or not the known one ({error}); delete it and run again"
+        ) from error
     except (requests.RequestException, util.DownloadError) as error:
-        raise DataError(f"the download failed ({type(error).__name__}: {error}); {_by_hand(info, root)}") from error
+        raise DataError(
+            f"the download failed ({type(error).__name__}: {error}); {_by_hand(info, root)}"
+        ) from error
 
 
 def _read_archive(path: pathlib.Path, wanted: list[str]) -> dict[str, bytes]:
     """The wanted members of a .tar.gz, by name; nothing is extracted to disk."""
+    found = {}
     try:
         with tarfile.open(path, "r:gz") as tar:
-            members = {m.name.removeprefix("./"): m for m in tar if m.isfile()}
-            missing = [name for name in wanted if name not in members]
-            if missing:
-                raise DataError(f"{path} is not the CIFAR archive: {', '.join(missing)} missing; delete it, run again")
-            return {name: tar.extractfile(members[name]).read() for name in wanted}
-    except (tarfile.TarError, OSError, EOFError) as error:
+            for member in tar:  # one pass: going back would decompress from the start
+                name = member.name.removeprefix("./")
+                if name in wanted and member.isfile():
+                    found[name] = tar.extractfile(member).read()
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} is damaged ({error}); delete it and run again") from error
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        raise DataError(f"{path} must hold {', '.join(missing)} and does not; delete it and run again")
+    return found
 
 
 def _rows(prefix: str, files: dict[str, bytes], label_keys: list[str]):
@@ -360,7 +378,9 @@ def _rows(prefix: str, files: dict[str, bytes], label_keys: list[str]):
     index, size = 0, len(label_keys) + 3072
     for name, content in files.items():
         if len(content) % size:
-            raise DataError(f"{name} must be whole records of {size} bytes, got {len(content)} bytes; delete it")
+            raise DataError(
+                f"{name} must be whole records of {size} bytes, got {len(content)} bytes; delete it"
+            )
         for record in np.frombuffer(content, np.uint8).reshape(-1, size):
             pixels = record[len(label_keys) :].reshape(3, 32, 32).transpose(1, 2, 0)
             png = io.BytesIO()  # TFDS would need TensorFlow to encode an array

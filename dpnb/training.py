@@ -21,6 +21,7 @@ from dpnb.checkpoints import Checkpoints, run_seed
 from dpnb.data import Dataset
 from dpnb.evaluation import Evaluation, local, make_evaluate
 from dpnb.experiments.experiment import Experiment
+from dpnb.ledger import BudgetExceeded, Ledger, derived_seed
 from dpnb.models.checks import check_independent
 from dpnb.progress import Progress
 from dpnb.update import Seen, make_model, make_trainer, one_update
@@ -66,7 +67,7 @@ def calibrated(experiment: Experiment, n: int) -> Experiment:
         )
     if e.epsilon is None:
         mechanism = privacy.Mechanism(e.noise_multiplier, q, e.sampler)
-        return e.replace(epsilon=privacy.epsilon(mechanism, e.steps, e.delta, e.accountant))
+        return e.replace(epsilon=privacy.epsilon(mechanism, e.steps, delta=e.delta, accountant=e.accountant))
     budget = privacy.PrivacyBudget(e.epsilon, e.delta)
     if e.steps is None:
         return e.replace(steps=privacy.calibrate_steps(budget, q, e.noise_multiplier, e.accountant))
@@ -110,24 +111,27 @@ def train(
     began, directory = time.monotonic(), pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     experiment = calibrated(experiment, len(data.train.labels))
-    seed = run_seed(directory, experiment.seed)
+    custom = str((model, optimizer)) if model or optimizer else ""
+    fingerprint = experiment.fingerprint(data=data.fingerprint, custom=custom)
+    # Two runs that share a seed and nothing else must not share their noise.
+    seed = derived_seed(run_seed(directory, experiment.seed), fingerprint)
+    fingerprint = f"{fingerprint} {seed}" if experiment.seed is not None else fingerprint
     check_independent(model or make_model(experiment, len(data.classes), seed), noise_images(data))
     trainer = make_trainer(experiment, data, seed=seed, model=model, optimizer=optimizer, devices=devices)
-    fingerprint = experiment.fingerprint(
-        seed=seed, data=data.fingerprint, custom=str((model, optimizer)) if model or optimizer else ""
-    )
     hardware = f"{trainer.mesh.devices.size} x {trainer.mesh.devices.flat[0].device_kind}, jax {jax.__version__}"
     checkpoints = Checkpoints(directory, fingerprint)
-    state, history = checkpoints.restore(trainer.state)
+    state, history, paid = checkpoints.restore(trainer.state)
     q = experiment.expected_batch_size / len(data.train.labels)
     mechanism = privacy.Mechanism(experiment.noise_multiplier, q, experiment.sampler)
     budget = privacy.PrivacyBudget(experiment.epsilon, experiment.delta)
     journal = directory / "ledger.jsonl" if jax.process_index() == 0 else None
     evaluate, stopped, saved = make_evaluate(trainer.apply), "", time.monotonic()
     with (
-        privacy.Ledger(journal, budget, experiment.accountant) as ledger,
+        Ledger(journal, budget, experiment.accountant) as ledger,
         Progress(experiment.steps, int(state.step)) as progress,
     ):
+        if journal:
+            ledger.check_includes(paid)  # a checkpoint whose ledger was deleted is not continued
         spent = epsilon_spent(mechanism, experiment)
         try:
             for step in range(int(state.step), experiment.steps):
@@ -144,13 +148,13 @@ def train(
                     point["ema_accuracy"] = evaluate(state.ema, split).accuracy
                     history.append(point)
                 if last or time.monotonic() - saved > checkpoint_every:
-                    checkpoints.save(state, history)
+                    checkpoints.save(state, history, ledger.events())
                     saved = time.monotonic()
                 progress.advance(point)
-        except privacy.BudgetExceeded as refusal:
+        except BudgetExceeded as refusal:
             stopped = str(refusal)
         finally:  # an interrupted run loses nothing that it paid for
-            checkpoints.save(state, history)
+            checkpoints.save(state, history, ledger.events())
             checkpoints.close()
         events = ledger.events()
     return Run(

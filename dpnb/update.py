@@ -242,11 +242,14 @@ def one_update(trainer: Trainer, state: State) -> tuple[State, Seen]:
     """One private update on the examples that the sampler draws for this step."""
     indices = trainer.sampler.indices(int(state.step))
     augmentation_key, _ = step_keys(state.key, state.step)
-    split = NamedSharding(trainer.mesh, PartitionSpec("data"))
     totals = trainer.zero()
-    for batch in sampling.physical_batches(indices, trainer.physical_batch_size):
-        batch = [jax.make_array_from_callback(x.shape, split, lambda at, x=x: x[at]) for x in batch]
-        totals = trainer.accumulate(
-            state.params, totals, trainer.images, trainer.labels, *batch, augmentation_key
-        )
+    for indices, mask in sampling.physical_batches(indices, trainer.physical_batch_size):
+        totals = trainer.accumulate(*inputs(trainer, state, totals, indices, mask, augmentation_key))
     return trainer.update(state, totals)
+
+
+def inputs(trainer: Trainer, state: State, totals: Totals, indices, mask, key) -> tuple:
+    """The arguments of `trainer.accumulate`, the batch divided over the devices."""
+    split = NamedSharding(trainer.mesh, PartitionSpec("data"))
+    batch = [jax.make_array_from_callback(x.shape, split, lambda at, x=x: x[at]) for x in (indices, mask)]
+    return state.params, totals, trainer.images, trainer.labels, *batch, key

@@ -1,0 +1,132 @@
+"""`dpnb list | run | table | verify`: a thin shell over papermill and the records."""
+
+import argparse
+import ast
+import json
+import os
+import pathlib
+import sys
+
+from dpnb import experiments
+
+NOTEBOOKS = pathlib.Path(__file__).parents[1] / "notebooks"
+NOTEBOOK = "cifar10_from_scratch.ipynb"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="dpnb", description="Private image classification, reproduced.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = commands.add_parser("list", help="experiments, what the paper reports, and their status")
+    add.add_argument("pattern", nargs="?", default="*", help="shell pattern, e.g. 'cifar10/*'")
+    add = commands.add_parser("run", help="execute an experiment's notebook with papermill")
+    add.add_argument("name", help="as `dpnb list` shows it")
+    add.add_argument("--preset", choices=experiments.PRESETS, default="smoke")
+    add.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a hyper-parameter")
+    add.add_argument("--seed", type=int, default=0)
+    add.add_argument("--secret-seed", action="store_true", help="draw the seed and publish it nowhere")
+    add.add_argument("--out", type=pathlib.Path, help="directory (default runs/NAME/PRESET-seedSEED)")
+    add.add_argument("--data-dir", default="", help="TFDS directory")
+    add.add_argument("--data-file", default="", help="prepared array file (.npz) instead of TFDS")
+    add.add_argument("--data-note", default="", help="caveat about the data, copied into the record")
+    add = commands.add_parser("table", help="paper | ours | difference")
+    add.add_argument("name", help="table, e.g. cifar10, or a shell pattern")
+    add.add_argument("--results", default="results", help="directory of records")
+    add.add_argument("--markdown", action="store_true")
+    add = commands.add_parser("verify", help="recompute epsilon and accuracy of a record from its own files")
+    add.add_argument("record", type=pathlib.Path, help="directory with result.json and ema.safetensors")
+    add.add_argument("--data-dir", default=None)
+    add.add_argument("--data-file", default=None)
+    options = parser.parse_args(arguments)
+    try:
+        return {"list": list_, "run": run, "table": table, "verify": verify}[options.command](options)
+    except (KeyError, TypeError, ValueError, FileNotFoundError) as error:
+        print(f"dpnb: {error.args[0] if error.args else error}", file=sys.stderr)
+        return 2
+
+
+def list_(options) -> int:
+    for name in experiments.names(options.pattern):
+        e = experiments.get(name)
+        paper = "-" if e.paper_mean is None else f"{e.paper_mean} +- {e.paper_std} %"
+        print(f"{name:24} epsilon {e.epsilon:g}, delta {e.delta:g}  paper: {paper:14} {e.paper_source}")
+    return 0
+
+
+def changes(pairs: list[str]) -> dict:
+    """["steps=10", "sampler=shuffle"] as {"steps": 10, "sampler": "shuffle"}.
+
+    >>> changes(["steps=10", "epsilon=inf", "sampler=shuffle"])
+    {'steps': 10, 'epsilon': inf, 'sampler': 'shuffle'}
+    """
+    made = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--set takes KEY=VALUE, got {pair!r}")
+        try:
+            made[key] = float(text) if text in ("inf", "-inf") else ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            made[key] = text
+    return made
+
+
+def run(options) -> int:
+    seed = None if options.secret_seed else options.seed
+    asked = changes(options.set)
+    experiments.get(options.name, options.preset, seed=seed, **asked)  # refuses before it starts
+    which = "secret" if seed is None else f"seed{seed}"
+    out = options.out or pathlib.Path("runs") / options.name / f"{options.preset}-{which}"
+    parameters = dict(
+        experiment=options.name, preset=options.preset, seed=seed, changes=asked,
+        data_dir=str(options.data_dir and pathlib.Path(options.data_dir).absolute()),
+        data_file=str(options.data_file and pathlib.Path(options.data_file).absolute()),
+        data_note=options.data_note, output_dir=str(out.absolute()),
+    )  # fmt: skip
+    if not (NOTEBOOKS / NOTEBOOK).exists():
+        raise FileNotFoundError(
+            f"`dpnb run` executes the notebooks of a source checkout, and {NOTEBOOKS} has none; "
+            "clone the repository and `pip install -e .` there"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("DPNB_PROGRESS", "plain")
+    import papermill
+
+    executed = out / NOTEBOOK
+    try:
+        papermill.execute_notebook(
+            NOTEBOOKS / NOTEBOOK, executed, parameters, cwd=out, log_output=False, progress_bar=False,
+            stdout_file=sys.stdout, stderr_file=sys.stderr, kernel_name="python3",
+        )  # fmt: skip
+    except papermill.PapermillExecutionError as error:
+        print(f"dpnb: {options.name} failed: {error.ename}: {error.evalue}", file=sys.stderr)
+        print(f"dpnb: the executed notebook is {executed}; the same command goes on where it stopped")
+        return 1
+    from dpnb import results
+
+    print("\n" + results.row(json.loads((out / "result.json").read_text())))
+    print(f"record: {out / 'result.json'}\nfigure: {out / 'curve.png'}\nnotebook: {executed}")
+    return 0
+
+
+def table(options) -> int:
+    from dpnb import results
+
+    pattern = options.name if any(c in options.name for c in "*?/") else f"{options.name}/*"
+    if not experiments.names(pattern):
+        raise KeyError(f"no experiment matches {pattern!r}; see `dpnb list`")
+    frame = results.table(pattern, results.load(options.results))
+    print(results.markdown(frame) if options.markdown else frame.to_string(index=False))
+    return 0
+
+
+def verify(options) -> int:
+    from dpnb import verification
+
+    report = verification.verify(options.record, data_dir=options.data_dir, data_file=options.data_file)
+    print("\n".join(report.lines))
+    return 0 if report.ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

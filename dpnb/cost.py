@@ -1,0 +1,124 @@
+"""What a run will cost on this device, measured before it starts; and the batch that fits."""
+
+import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpnb.data import Dataset
+from dpnb.experiments.experiment import Experiment
+from dpnb.update import inputs, make_trainer, microbatch, step_keys
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """views and flops of the whole run (forward and backward, one multiply-add is two);
+    memory in bytes per device (XLA's figure for one physical batch, and what stays);
+    seconds of training on this device; physical batch size in examples per device."""
+
+    views: float
+    flops: float
+    memory: int
+    seconds: float
+    physical_batch_size: int
+
+    def __str__(self) -> str:
+        minutes = self.seconds / 60
+        time_ = f"{minutes:.1f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours"
+        return (
+            f"{self.views:.3g} views, {self.flops:.3g} FLOP, {self.memory / 2**20:.0f} MiB per device "
+            f"(physical batches of {self.physical_batch_size} examples), about {time_} of training"
+        )
+
+
+def predict(experiment: Experiment, data: Dataset, repeats: int = 3) -> Cost:
+    """Compiles one physical batch and one update, and times them on masked examples.
+
+    No privacy is spent: every example is masked, and the result is thrown away.
+
+    Args:
+      experiment: calibrated (noise_multiplier and steps known).
+      data: as for training.
+      repeats: timed calls after the compilation.
+    """
+    size = physical_batch_size(experiment, data)
+    trainer = make_trainer(experiment, data, seed=0, physical_batch_size=size)
+    state = trainer.state
+    args = _masked_batch(trainer)
+    compiled = trainer.accumulate.lower(*args).compile()
+
+    def timed(call):
+        began = time.monotonic()
+        result = jax.block_until_ready(call())
+        return time.monotonic() - began, result
+
+    batch_seconds, total = [], args[1]
+    for _ in range(repeats + 1):  # the first call warms up
+        seconds, total = timed(lambda t=total: compiled(args[0], t, *args[2:]))
+        batch_seconds.append(seconds)
+    trainer.update(state, trainer.zero())
+    update_seconds, _ = timed(lambda: trainer.update(state, trainer.zero()))
+    batches = -(-experiment.expected_batch_size // trainer.physical_batch_size)
+    per_update = batches * min(batch_seconds[1:]) + update_seconds
+    views = experiment.steps * experiment.expected_batch_size * max(experiment.augmult, 1)
+    memory = memory_of(compiled)
+    return Cost(views, views * flops_per_view(trainer, data), memory, experiment.steps * per_update, size)
+
+
+def flops_per_view(trainer, data: Dataset) -> float:
+    """Forward and backward of one image, as XLA counts them before optimisation."""
+    image = jnp.zeros((1, *data.train.images.shape[1:]))
+
+    def loss(params):
+        return trainer.apply(params, image).sum()
+
+    analysis = jax.jit(jax.grad(loss)).lower(trainer.state.params).cost_analysis()
+    return float((analysis or {}).get("flops", float("nan")))
+
+
+def memory_of(compiled) -> int:
+    """Bytes that one call holds on one device: arguments, results and temporaries."""
+    m = compiled.memory_analysis()
+    parts = m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes
+    return parts - m.alias_size_in_bytes
+
+
+def physical_batch_size(experiment: Experiment, data: Dataset) -> int:
+    """Examples per device and call: the experiment's choice, else what fits and is fast.
+
+    CPU: two microbatches of about eight views (benchmarks/clipped_gradient.py), if half the
+    free memory holds them.  Accelerators: the largest power of two, up to 4096 views, whose
+    footprint fits 60 % of the free memory; the footprint is XLA's at two small sizes,
+    continued as a straight line.
+    """
+    if experiment.physical_batch_size:
+        return experiment.physical_batch_size
+    device, start = jax.devices()[0], 2 * microbatch(experiment.augmult)
+    if device.platform == "cpu":
+        return start
+    limit = 0.6 * free_memory(device)
+    small, double = (_footprint(experiment, data, n) for n in (2, 4))
+    slope = max((double - small) / 2, 1)
+    size = start
+    while 2 * size * max(experiment.augmult, 1) <= 4096 and small + slope * (2 * size - 2) <= limit:
+        size *= 2
+    return size
+
+
+def _footprint(experiment: Experiment, data: Dataset, size: int) -> int:
+    trainer = make_trainer(experiment, data, seed=0, physical_batch_size=size)
+    return memory_of(trainer.accumulate.lower(*_masked_batch(trainer)).compile())
+
+
+def _masked_batch(trainer) -> tuple:
+    n = trainer.physical_batch_size
+    key, _ = step_keys(trainer.state.key, trainer.state.step)
+    return inputs(trainer, trainer.state, trainer.zero(), np.zeros(n, np.int32), np.zeros(n, bool), key)
+
+
+def free_memory(device: jax.Device) -> int:
+    """Free bytes on the device, 8 GiB where it does not say."""
+    stats = device.memory_stats() or {}
+    return stats.get("bytes_limit", 8 * 2**30) - stats.get("bytes_in_use", 0)

@@ -1,0 +1,40 @@
+"""The registry: one frozen `Experiment` per table cell, and four scales to run it at."""
+
+import difflib
+import fnmatch
+
+from dpnb.experiments import cifar10, digits
+from dpnb.experiments.experiment import Experiment
+
+__all__ = ["PRESETS", "Experiment", "get", "names"]
+
+PRESETS = ("smoke", "teach", "colab", "paper")
+_FAMILIES = {"cifar10": cifar10, "digits": digits}
+_ALL = {e.name: e for family in _FAMILIES.values() for e in family.TABLE}
+
+
+def names(pattern: str = "*") -> list[str]:
+    """Names that match a shell pattern, in the order of the tables."""
+    return fnmatch.filter(_ALL, pattern)
+
+
+def get(name: str, preset: str = "paper", **changes) -> Experiment:
+    """The experiment of that name at that scale.
+
+    Args:
+      name: one of `names()`.
+      preset: smoke | teach | colab | paper.
+      changes: fields to set on top, e.g. `seed=1`.
+    Raises:
+      KeyError: unknown name. ValueError: unknown preset or bad value. TypeError: unknown field.
+
+    >>> get("cifar10/wrn-16-4/eps8").steps
+    2468
+    """
+    if name not in _ALL:
+        close = difflib.get_close_matches(name, _ALL, 3, 0.3)
+        raise KeyError(f"no experiment {name!r}; did you mean {' or '.join(close) or 'one of `dpnb list`'}?")
+    if preset not in PRESETS:
+        raise ValueError(f"preset must be one of {PRESETS}, got {preset!r}")
+    scale = _FAMILIES[name.split("/")[0]].PRESETS[preset]
+    return _ALL[name].replace(**{"preset": preset, **scale, **changes})

@@ -1,0 +1,127 @@
+"""Does a model treat every example on its own?  Found out by behaviour, not by layer names."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+
+# The state that could carry examples from call to call.
+_carried = nnx.Not(nnx.Any(nnx.Param, nnx.RngState, nnx.Intermediate))
+
+
+class MixesExamples(ValueError):
+    """A model's output for one example depends on the other examples of its batch."""
+
+
+def check_independent(model: nnx.Module, inputs: jax.Array, *, tolerance: float = 1e-5) -> None:
+    """Replaces one example at a time; the outputs of all others must stay where they are.
+
+    In training mode and in evaluation mode (`model.train()`, `model.eval()`), for every
+    example j: once with other content, once (floating inputs) with NaN, which finds even
+    the faintest mixing.  A call must also leave the model's state as it was, since running
+    statistics carry one batch into the next.  Random streams and sown intermediates may
+    move: they depend on no example or end with the call.  `model` itself is not changed.
+
+    A model that passes means the same inside `dpnb.clipping.clipped_grad`, which calls it
+    on the views of a single example, and in evaluation, which calls it on whole batches.
+
+    Args:
+      model: any NNX module whose call takes inputs [n, ...] and returns a pytree of [n, ...].
+      inputs: [n, ...], floating or integer, n >= 2 examples that differ; a handful will do.
+      tolerance: how far an output may move, relative to the largest output.
+    Raises:
+      MixesExamples: output i moved with example j, or the call changed the model's state.
+      ValueError: fewer than two examples, all examples equal, or outputs that are not
+        finite to begin with.
+
+    >>> from flax import nnx
+    >>> x = jax.random.normal(jax.random.key(0), (3, 8))
+    >>> check_independent(nnx.LayerNorm(8, rngs=nnx.Rngs(0)), x)
+    >>> check_independent(nnx.BatchNorm(8, rngs=nnx.Rngs(0)), x)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    dpnb.models.checks.MixesExamples: a call must treat every example on its own, but ...
+    """
+    inputs = jnp.asarray(inputs)
+    if len(inputs) < 2 or bool((inputs == inputs[:1]).all()):
+        raise ValueError(
+            f"inputs must hold at least two examples that differ, got shape {inputs.shape}; "
+            "random inputs will do"
+        )
+    for mode in ("train", "eval"):
+        copy = nnx.clone(model)
+        getattr(copy, mode)()
+        _check(copy, inputs, mode, tolerance)
+
+
+def _check(model, inputs, mode, tolerance):
+    call = _functional(model)
+    before = nnx.to_pure_dict(nnx.state(model, _carried))
+    outputs, after = call(inputs)
+    n, leaves = len(inputs), jax.tree.leaves(outputs)
+    if any(leaf.ndim == 0 or leaf.shape[0] != n for leaf in leaves):
+        raise MixesExamples(
+            f"outputs must keep the examples axis: {n} examples came in and shapes "
+            f"{[leaf.shape for leaf in leaves]} out; do not sum or average over the batch"
+        )
+    if not all(np.isfinite(leaf).all() for leaf in leaves):
+        raise ValueError(f"outputs must be finite before any example is replaced, not so in {mode} mode")
+    for j in range(n):
+        for content in _replacements(inputs, j):
+            moved, _ = call(inputs.at[j].set(content))
+            i = _first_moved(leaves, jax.tree.leaves(moved), j, tolerance)
+            if i is not None:
+                raise MixesExamples(
+                    "a call must treat every example on its own, but in "
+                    f"{mode} mode the output of example {i} moved when example {j} was replaced; use a "
+                    "norm that looks at one example only (group norm, layer norm) instead of batch norm"
+                )
+    if changed := _changed(before, after):
+        raise MixesExamples(
+            f"a call must leave the model's state as it was, but in {mode} mode it changed "
+            f"{changed}; running statistics carry one batch into the next, "
+            "use group norm or layer norm"
+        )
+
+
+def _functional(model):
+    graph, state = nnx.split(model)
+
+    @jax.jit
+    def call(inputs):
+        fresh = nnx.merge(graph, state, copy=True)  # the same random numbers every time
+        outputs = fresh(inputs)
+        return outputs, nnx.to_pure_dict(nnx.state(fresh, _carried))
+
+    return call
+
+
+def _replacements(inputs, j):
+    """What to put in place of example j."""
+    if jnp.issubdtype(inputs.dtype, jnp.floating):
+        return [-2 * inputs[j] + 1, jnp.full_like(inputs[j], jnp.nan)]
+    # Token numbers or bytes: stay inside the range.
+    return [x for x in inputs if bool((x != inputs[j]).any())][:1]
+
+
+def _first_moved(before, after, j, tolerance):
+    for a, b in zip(before, after, strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        allowed = tolerance * np.abs(a).max(initial=0.0)
+        still = (np.abs(a - b) <= allowed).reshape(len(a), -1).all(1)  # NaN is not still
+        still[j] = True
+        if not still.all():
+            return int(np.argmin(still))
+    return None
+
+
+def _changed(before, after) -> str:
+    """The names of the leaves that differ, "" if none does."""
+
+    def flat(tree):
+        return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+    before, after = flat(before), flat(after)
+    names = before.keys() | after.keys()
+    same = {n for n in before.keys() & after.keys() if np.array_equal(before[n], after[n], equal_nan=True)}
+    return ", ".join(sorted(names - same))

@@ -1,0 +1,213 @@
+"""Result records that describe themselves, and the tables "paper | ours | difference"."""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import platform
+import subprocess
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from dpnb import experiments, ledger, privacy
+from dpnb.data import Dataset
+from dpnb.training import Run
+
+PACKAGES = ("dpnb", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "dp-accounting", "numpy")
+
+
+def record(run: Run, data: Dataset) -> dict[str, Any]:
+    """One run as plain JSON values; `recompute_epsilon` can check its privacy from itself.
+
+    Epsilons are recomputed from the ledger, under PLD and RDP, at the experiment's delta;
+    None where the accountant is not installed (recompute later) and for infinity. A
+    secret seed (`seed=None`) is not in it.
+    """
+    e, q = run.experiment, run.experiment.expected_batch_size / len(data.train)
+    return {
+        "experiment": e.name,
+        "preset": e.preset,
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "privacy": {
+            "epsilon_pld": recompute_epsilon(run.events, e.delta, "pld"),
+            "epsilon_rdp": recompute_epsilon(run.events, e.delta, "rdp"),
+            "epsilon_target": _finite(e.epsilon),
+            "epsilon_is": "valid" if e.sampler == "poisson" else "nominal",
+            "delta": e.delta,
+            "noise_multiplier": e.noise_multiplier,
+            "sampling_probability": q,
+            "steps": run.steps,
+            "sampler": e.sampler,
+            "neighbours": privacy.NEIGHBOURS,
+            "calibrated_with": e.accountant,
+            "seed_published": e.seed is not None,
+        },
+        "augmult": e.augmult,
+        "clip_norm": _finite(e.clip_norm),
+        "seed": e.seed,
+        "accuracy": {"raw": run.raw.accuracy, "ema": run.ema.accuracy},
+        "loss": {"raw": _finite(run.raw.loss), "ema": _finite(run.ema.loss)},
+        "evaluated_on": f"{len(data.test)} {'held-out training' if e.validation else 'test'} images",
+        "data": {
+            "name": data.name,
+            "training_examples": len(data.train),
+            "fingerprint": data.fingerprint,
+            "note": data.note,
+        },
+        "paper": {"mean": e.paper_mean, "std": e.paper_std, "source": e.paper_source},
+        "seconds": run.seconds,
+        "devices": run.devices,
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
+        "versions": {"python": platform.python_version(), **versions()},
+        "git_revision": git_revision(),
+        "stopped": run.stopped,
+        "hyper_parameters": {k: _finite(v) for k, v in dataclasses.asdict(e).items()},
+        "curve": run.history,
+        "ledger": run.events,
+    }
+
+
+def save(run: Run, data: Dataset, directory: str | pathlib.Path) -> dict[str, Any]:
+    """Writes `result.json` and the averaged parameters (`ema.safetensors`, float32)."""
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(flatten(run.ema_params), directory / "ema.safetensors")
+    made = record(run, data)
+    partial = directory / "result.json.partial"
+    partial.write_text(json.dumps(made, indent=1, allow_nan=False) + "\n")
+    partial.replace(directory / "result.json")
+    return made
+
+
+def statement(result: dict[str, Any], pretrained: str = "") -> str:
+    """The privacy statement of a record, in prose."""
+    return ledger.privacy_statement(
+        result["ledger"],
+        delta=result["privacy"]["delta"],
+        seed_published=result["privacy"]["seed_published"],
+        data_note=result["data"]["note"],
+        pretrained=pretrained,
+    )
+
+
+def flatten(params: Any, prefix: str = "") -> dict[str, np.ndarray]:
+    """Nested parameters as {"blocks/0/conv1/kernel": array, ...}."""
+    if not isinstance(params, dict):
+        return {prefix.rstrip("/"): np.asarray(params.addressable_data(0))}
+    parts = [flatten(v, f"{prefix}{k}/") for k, v in params.items()]
+    return {k: v for part in parts for k, v in part.items()}
+
+
+def recompute_epsilon(events: list[dict[str, Any]], delta: float, accountant: str) -> float | None:
+    """Epsilon of a ledger; None for infinity, or where dp-accounting is not installed."""
+    try:
+        return _finite(privacy.epsilon(privacy.events_from_json(events), 1, delta, accountant))
+    except privacy.MissingAccountant:
+        return None
+
+
+def load(root: str | pathlib.Path) -> list[dict[str, Any]]:
+    """All records below a directory, oldest first."""
+    found = [json.loads(p.read_text()) for p in sorted(pathlib.Path(root).rglob("result.json"))]
+    return sorted(found, key=lambda r: r["finished"])
+
+
+def row(result: dict[str, Any]) -> str:
+    """One run in one line, beside the paper's number."""
+    p, paper = result["privacy"], result["paper"]
+    epsilons = ", ".join(
+        f"{name.upper()} {p[f'epsilon_{name}']:.3f}" for name in ("pld", "rdp") if p[f"epsilon_{name}"] is not None
+    )
+    theirs = "-" if paper["mean"] is None else f"{paper['mean']} +- {paper['std']}"
+    return (
+        f"{result['experiment']} [{result['preset']}, seed {result['seed']}] on {result['data']['name']}: "
+        f"EMA {result['accuracy']['ema']:.2f} %, raw {result['accuracy']['raw']:.2f} % (paper: {theirs} %) at "
+        f"{p['epsilon_is']} epsilon {epsilons or 'infinite'}, delta {p['delta']:g}, sigma "
+        f"{p['noise_multiplier']:.4g}, q {p['sampling_probability']:.4g}, {p['steps']} steps, "
+        f"{p['sampler']} sampling, {p['neighbours']}; {result['seconds'] / 60:.1f} minutes on {result['devices']}"
+    )
+
+
+def table(pattern: str, results: list[dict[str, Any]]):
+    """The paper's numbers beside ours: one row per experiment and preset that was run.
+
+    Args:
+      pattern: of experiment names, e.g. "cifar10/*".
+      results: records, as `load` returns them.
+    Returns:
+      pandas.DataFrame; ours is EMA accuracy in percent, mean +- standard deviation over n seeds.
+      A difference is shown at preset "paper" only: other presets are other experiments.
+    """
+    import pandas
+
+    rows = []
+    for name in experiments.names(pattern):
+        e = experiments.get(name)
+        paper = "-" if e.paper_mean is None else f"{e.paper_mean} +- {e.paper_std}"
+        flag = " (unverified)" if "unverified" in e.paper_source else ""
+        mine = [r for r in results if r["experiment"] == name and not r["stopped"]]
+        base = {"experiment": name, "epsilon": e.epsilon, "paper": paper + flag}
+        for preset in experiments.PRESETS:
+            runs = [r for r in mine if r["preset"] == preset]
+            if runs:
+                rows.append({**base, **_ours(runs, preset, e)})
+        if not any(r["preset"] == "paper" for r in mine):
+            rows.append({**base, "preset": "paper", "ours": "-", "status": "runnable"})
+    columns = ["experiment", "epsilon", "preset", "paper", "ours", "n", "difference", "minutes", "devices", "status"]
+    return pandas.DataFrame(rows, columns=columns).fillna("-")
+
+
+def markdown(frame) -> str:
+    """A data frame as a Markdown table."""
+    rows = [frame.columns, ["---"] * len(frame.columns), *frame.astype(str).values]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _ours(runs, preset, experiment) -> dict[str, Any]:
+    accuracies = [r["accuracy"]["ema"] for r in runs]
+    spread = f" +- {np.std(accuracies, ddof=1):.1f}" if len(runs) > 1 else ""
+    full = preset == "paper" and experiment.paper_mean is not None
+    nominal = any(r["privacy"]["epsilon_is"] != "valid" for r in runs)
+    return {
+        "preset": preset,
+        "ours": f"{np.mean(accuracies):.1f}{spread}",
+        "n": len(runs),
+        "difference": f"{np.mean(accuracies) - experiment.paper_mean:+.1f}" if full else "-",
+        "minutes": f"{np.mean([r['seconds'] for r in runs]) / 60:.1f}",
+        "devices": ", ".join(sorted({r["devices"].split(",")[0] for r in runs})),
+        "status": ("reproduced" if full else "run at smaller scale") + (" (nominal epsilon)" if nominal else ""),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that a result depends on."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def git_revision() -> str:
+    """Of this checkout, with "+" if it is changed; "" outside one."""
+    here = pathlib.Path(__file__).parent
+
+    def git(*args):
+        return subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", ".") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _finite(x: Any) -> Any:
+    """JSON has no infinity: None."""
+    return None if isinstance(x, float) and not math.isfinite(x) else x

@@ -1,0 +1,64 @@
+"""Does a record hold?  Its epsilon from its ledger, its accuracy from its weights."""
+
+import dataclasses
+import json
+import pathlib
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from dpnb import data, results
+from dpnb.evaluation import make_evaluate
+from dpnb.experiments import Experiment
+from dpnb.models import functional
+from dpnb.update import make_model
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """ok: everything that could be checked agrees; lines: what was checked, in words."""
+
+    ok: bool
+    lines: list[str]
+
+
+def verify(directory: str | pathlib.Path, *, data_dir=None, data_file=None) -> Report:
+    """Recomputes epsilon and accuracy of `directory/result.json`.
+
+    Args:
+      directory: with `result.json` and `ema.safetensors`.
+      data_dir, data_file: as for `dpnb.data.load`.
+    Raises:
+      FileNotFoundError: no such record.  DataError: the data set is not at hand.
+    """
+    directory = pathlib.Path(directory)
+    r = json.loads((directory / "result.json").read_text())
+    checks = []
+    for accountant in ("pld", "rdp"):
+        said = r["privacy"][f"epsilon_{accountant}"]
+        found = results.recompute_epsilon(r["ledger"], r["privacy"]["delta"], accountant)
+        agree = found == said or (None not in (found, said) and abs(found - said) <= 1e-3 * said)
+        checks.append((agree, f"epsilon ({accountant.upper()}) {said}, from the ledger {found}"))
+    hyper = {k: v for k, v in r["hyper_parameters"].items() if v is not None}
+    experiment = Experiment(**{**hyper, "epsilon": hyper.get("epsilon", float("inf"))})
+    found = data.load(
+        r["data"]["name"], data_dir=data_dir, file=data_file, validation=experiment.validation
+    )
+    same = found.fingerprint == r["data"]["fingerprint"]
+    checks.append((same, f"data fingerprint {found.fingerprint[:16]}, recorded {r['data']['fingerprint'][:16]}"))
+    params, apply = functional(make_model(experiment, len(found.classes), 0))
+    accuracy = make_evaluate(apply)(unflatten(load_file(directory / "ema.safetensors"), params), found.test).accuracy
+    close = abs(accuracy - r["accuracy"]["ema"]) <= 100 * 3 / len(found.test)  # ties may fall otherwise
+    checks.append((close, f"EMA accuracy {r['accuracy']['ema']:.2f} %, from the weights {accuracy:.2f} %"))
+    return Report(all(ok for ok, _ in checks), [f"{'ok  ' if ok else 'FAIL'} {text}" for ok, text in checks])
+
+
+def unflatten(arrays: dict[str, np.ndarray], like, prefix: str = ""):
+    """The inverse of `results.flatten`; shapes must be those of `like`."""
+    if isinstance(like, dict):
+        return {k: unflatten(arrays, v, f"{prefix}{k}/") for k, v in like.items()}
+    name = prefix.rstrip("/")
+    if name not in arrays or arrays[name].shape != like.shape:
+        got = arrays[name].shape if name in arrays else "nothing"
+        raise ValueError(f"the weights must hold {name} of shape {like.shape}, got {got}; another architecture?")
+    return np.asarray(arrays[name], np.float32)

@@ -1,0 +1,23 @@
+"""Eight simulated CPU devices, set before JAX starts, and the fixtures that tests ask for by name."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+
+@pytest.fixture
+def float64():
+    """JAX computes in float64 inside the test; two ways to the same number then agree to 1e-12."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def strict_ranks():
+    """Arrays of different rank never broadcast silently (the usual way to a wrong gradient)."""
+    with jax.numpy_rank_promotion("raise"):
+        yield
