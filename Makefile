@@ -7,7 +7,8 @@ BIN := $(VENV)/bin
 
 # The main job on an embedded data set: no download, about two minutes after installation.
 demo: $(VENV)/.demo
-	$(BIN)/dpnb run digits/demo --preset smoke --out runs/demo --fresh
+	rm -rf runs/demo
+	$(BIN)/dpnb run digits/demo --preset smoke --out runs/demo
 
 # Everything that is tested: library, documentation examples, notebooks, style.
 test: $(VENV)/.test

@@ -22,7 +22,9 @@ def main(arguments: list[str] | None = None) -> int:
     add = commands.add_parser("run", help="execute an experiment's notebook with papermill")
     add.add_argument("name", help="as `dpnb list` shows it")
     add.add_argument("--preset", choices=experiments.PRESETS, default="smoke")
-    add.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a hyper-parameter")
+    add.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a hyper-parameter"
+    )
     add.add_argument("--seed", type=int, default=0)
     add.add_argument("--secret-seed", action="store_true", help="draw the seed and publish it nowhere")
     add.add_argument("--out", type=pathlib.Path, help="directory (default runs/NAME/PRESET-seedSEED)")
@@ -33,6 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     add.add_argument("name", help="table, e.g. cifar10, or a shell pattern")
     add.add_argument("--results", default="results", help="directory of records")
     add.add_argument("--markdown", action="store_true")
+    add.add_argument("--write", type=pathlib.Path, metavar="FILE", help="put it between FILE's table markers")
     add = commands.add_parser("verify", help="recompute epsilon and accuracy of a record from its own files")
     add.add_argument("record", type=pathlib.Path, help="directory with result.json and ema.safetensors")
     add.add_argument("--data-dir", default=None)
@@ -116,7 +119,10 @@ def table(options) -> int:
     if not experiments.names(pattern):
         raise KeyError(f"no experiment matches {pattern!r}; see `dpnb list`")
     frame = results.table(pattern, results.load(options.results))
-    print(results.markdown(frame) if options.markdown else frame.to_string(index=False))
+    if options.write:
+        options.write.write_text(results.insert(options.write.read_text(), options.name, frame))
+    else:
+        print(results.markdown(frame) if options.markdown else frame.to_string(index=False))
     return 0
 
 

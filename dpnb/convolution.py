@@ -14,7 +14,8 @@ Which formulation is fastest differs by backend and by shape, so the rule is swi
 ``sliced``           for each kernel offset, one batched matrix product over examples
 ``im2col``           all offsets side by side, a single batched matrix product
 ``grouped``          what JAX does without this module: one grouped convolution
-``auto``             by backend and shape, as measured by benchmarks/clipped_gradient.py
+``auto``             CPU: by shape, as measured by benchmarks/clipped_gradient.py;
+                     elsewhere ``sliced``, not measured yet
 ===================  =============================================================
 
 Reverse-over-reverse differentiation is not supported (the gradient of a gradient).
@@ -101,9 +102,7 @@ def _products(x, g, w_shape, spec: Spec, im2col: bool):
     out = g.shape[2:-1]
     examples, positions = g.shape[0], math.prod(g.shape[1:-1])
     g = g.reshape(examples, positions, groups, cout)
-    slices = [
-        s.reshape(examples, positions, groups, cin) for s in _kernel_slices(x, kernel, out, spec)
-    ]
+    slices = [s.reshape(examples, positions, groups, cin) for s in _kernel_slices(x, kernel, out, spec)]
     product = functools.partial(jnp.einsum, "bpgi,bpgo->bigo", precision=spec.precision)
     if im2col:
         d = product(jnp.concatenate(slices, axis=-1), g)
@@ -119,7 +118,7 @@ def _one(x, g, w_shape, spec: Spec):
 
 
 def _choose(x_shape, g_shape, w_shape, spec: Spec) -> str:
-    """The formulation that measured fastest for this backend and shape."""
+    """The formulation for this backend and shape."""
     if _formulation != "auto":
         return _formulation
     positions = math.prod(g_shape[1:-1])  # views x height x width of one example

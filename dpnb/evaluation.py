@@ -36,7 +36,10 @@ def make_evaluate(apply: Callable[[Any, jax.Array], jax.Array], batch_size: int 
         params = jax.tree.map(local, params)
         predictions, losses = [], []
         for start in range(0, len(split.labels), batch_size):
-            images, labels = split.images[start : start + batch_size], split.labels[start : start + batch_size]
+            images, labels = (
+                split.images[start : start + batch_size],
+                split.labels[start : start + batch_size],
+            )
             padding = batch_size - len(labels)  # one static size, so one compilation
             images = np.pad(images, ((0, padding), (0, 0), (0, 0), (0, 0)))
             guess, loss = forward(params, images, np.pad(labels, (0, padding)).astype(np.int32))

@@ -121,7 +121,9 @@ def row(result: dict[str, Any]) -> str:
     """One run in one line, beside the paper's number."""
     p, paper = result["privacy"], result["paper"]
     epsilons = ", ".join(
-        f"{name.upper()} {p[f'epsilon_{name}']:.3f}" for name in ("pld", "rdp") if p[f"epsilon_{name}"] is not None
+        f"{name.upper()} {p[f'epsilon_{name}']:.3f}"
+        for name in ("pld", "rdp")
+        if p[f"epsilon_{name}"] is not None
     )
     theirs = "-" if paper["mean"] is None else f"{paper['mean']} +- {paper['std']}"
     return (
@@ -158,7 +160,18 @@ def table(pattern: str, results: list[dict[str, Any]]):
                 rows.append({**base, **_ours(runs, preset, e)})
         if not any(r["preset"] == "paper" for r in mine):
             rows.append({**base, "preset": "paper", "ours": "-", "status": "runnable"})
-    columns = ["experiment", "epsilon", "preset", "paper", "ours", "n", "difference", "minutes", "devices", "status"]
+    columns = [
+        "experiment",
+        "epsilon",
+        "preset",
+        "paper",
+        "ours",
+        "n",
+        "difference",
+        "minutes",
+        "devices",
+        "status",
+    ]
     return pandas.DataFrame(rows, columns=columns).fillna("-")
 
 
@@ -166,6 +179,19 @@ def markdown(frame) -> str:
     """A data frame as a Markdown table."""
     rows = [frame.columns, ["---"] * len(frame.columns), *frame.astype(str).values]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def insert(document: str, name: str, frame) -> str:
+    """`document` with the table between its markers `<!-- table NAME -->` and `<!-- end -->` renewed.
+
+    Raises:
+      ValueError: the document has no such markers.
+    """
+    before, start, rest = document.partition(f"<!-- table {name} -->")
+    _, end, after = rest.partition("<!-- end -->")
+    if not (start and end):
+        raise ValueError(f"the document must hold the lines <!-- table {name} --> and <!-- end -->, got none")
+    return f"{before}{start}\n{markdown(frame)}\n{end}{after}"
 
 
 def _ours(runs, preset, experiment) -> dict[str, Any]:
@@ -180,7 +206,8 @@ def _ours(runs, preset, experiment) -> dict[str, Any]:
         "difference": f"{np.mean(accuracies) - experiment.paper_mean:+.1f}" if full else "-",
         "minutes": f"{np.mean([r['seconds'] for r in runs]) / 60:.1f}",
         "devices": ", ".join(sorted({r["devices"].split(",")[0] for r in runs})),
-        "status": ("reproduced" if full else "run at smaller scale") + (" (nominal epsilon)" if nominal else ""),
+        "status": ("reproduced" if full else "run at smaller scale")
+        + (" (nominal epsilon)" if nominal else ""),
     }
 
 
@@ -200,7 +227,9 @@ def git_revision() -> str:
     here = pathlib.Path(__file__).parent
 
     def git(*args):
-        return subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *args], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", ".") else "")

@@ -9,6 +9,7 @@ import dataclasses
 import math
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -88,6 +89,7 @@ def train(
     devices: list[jax.Device] | None = None,
     checkpoint_every: float = 300.0,
     stop_at_step: int | None = None,
+    allowed_steps: int | None = None,
 ) -> Run:
     """Trains with DP-SGD, or goes on where a killed run in `directory` stopped.
 
@@ -104,6 +106,8 @@ def train(
       model, optimizer, devices: see `dpnb.update.make_trainer`.
       checkpoint_every: seconds between checkpoints; the curve's points are saved too.
       stop_at_step: stop early on purpose, after a checkpoint, to go on later.
+      allowed_steps: how many updates fit the budget, from `privacy.calibrate_steps`; needed only
+        where dp-accounting is not installed (noise_multiplier, steps and epsilon all given).
     Raises:
       ValueError: bad hyper-parameters, or the directory holds another experiment's run.
       MixesExamples: the model lets one example influence another.
@@ -118,16 +122,19 @@ def train(
     fingerprint = f"{fingerprint} {seed}" if experiment.seed is not None else fingerprint
     check_independent(model or make_model(experiment, len(data.classes), seed), noise_images(data))
     trainer = make_trainer(experiment, data, seed=seed, model=model, optimizer=optimizer, devices=devices)
-    hardware = f"{trainer.mesh.devices.size} x {trainer.mesh.devices.flat[0].device_kind}, jax {jax.__version__}"
+    hardware = (
+        f"{trainer.mesh.devices.size} x {trainer.mesh.devices.flat[0].device_kind}, jax {jax.__version__}"
+    )
     checkpoints = Checkpoints(directory, fingerprint)
     state, history, paid = checkpoints.restore(trainer.state)
     q = experiment.expected_batch_size / len(data.train.labels)
     mechanism = privacy.Mechanism(experiment.noise_multiplier, q, experiment.sampler)
     budget = privacy.PrivacyBudget(experiment.epsilon, experiment.delta)
     journal = directory / "ledger.jsonl" if jax.process_index() == 0 else None
+    allowed = {mechanism: allowed_steps} if allowed_steps else None
     evaluate, stopped, saved = make_evaluate(trainer.apply), "", time.monotonic()
     with (
-        Ledger(journal, budget, experiment.accountant) as ledger,
+        Ledger(journal, budget, experiment.accountant, allowed_steps=allowed) as ledger,
         Progress(experiment.steps, int(state.step)) as progress,
     ):
         if journal:
@@ -188,15 +195,22 @@ def curve_point(step: int, seen: Seen, epsilon: float) -> dict[str, Any]:
     }
 
 
-def epsilon_spent(mechanism: privacy.Mechanism, experiment: Experiment, points: int = 16):
+def accounting_grid(steps: int, points: int = 8) -> list[int]:
+    """Numbers of updates at which epsilon is computed for plots and progress, the last included."""
+    return [int(n) for n in np.unique(np.linspace(1, steps, points).astype(int))]
+
+
+def epsilon_spent(mechanism: privacy.Mechanism, experiment: Experiment) -> Callable[[int], float]:
     """A cheap function steps -> epsilon, never below the true one.
 
-    The accountant runs at `points` numbers of steps; between two of them the later one's
-    epsilon is given.
+    The accountant runs on a coarse grid; between two of its points the later one's epsilon is given.
     """
-    steps = np.unique(np.linspace(1, experiment.steps, points).astype(int))
-    curve = privacy.epsilon_curve(mechanism, steps, experiment.delta, experiment.accountant)
-    return lambda step: float(curve[np.searchsorted(steps, step)])
+    grid = accounting_grid(experiment.steps)
+    try:
+        curve = privacy.epsilon_curve(mechanism, grid, experiment.delta, experiment.accountant)
+    except privacy.MissingAccountant:
+        return lambda step: math.nan
+    return lambda step: float(curve[np.searchsorted(grid, step)])
 
 
 def noise_images(data: Dataset, n: int = 4) -> np.ndarray:

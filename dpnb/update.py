@@ -139,7 +139,11 @@ def make_trainer(
     physical = physical_batch_size or experiment.physical_batch_size or 2 * microbatch(experiment.augmult)
     half = physical // 2 if physical % 2 == 0 and devices[0].platform == "cpu" else None
     grad = clipped_grad(
-        make_loss(apply), experiment.clip_norm, rescale_to_unit_norm=rescale, has_aux=True, microbatch_size=half
+        make_loss(apply),
+        experiment.clip_norm,
+        rescale_to_unit_norm=rescale,
+        has_aux=True,
+        microbatch_size=half,
     )
     if experiment.sampler == "poisson":
         sampler = sampling.Poisson(n, experiment.expected_batch_size / n, seed)
@@ -243,8 +247,8 @@ def one_update(trainer: Trainer, state: State) -> tuple[State, Seen]:
     indices = trainer.sampler.indices(int(state.step))
     augmentation_key, _ = step_keys(state.key, state.step)
     totals = trainer.zero()
-    for indices, mask in sampling.physical_batches(indices, trainer.physical_batch_size):
-        totals = trainer.accumulate(*inputs(trainer, state, totals, indices, mask, augmentation_key))
+    for part, mask in sampling.physical_batches(indices, trainer.physical_batch_size):
+        totals = trainer.accumulate(*inputs(trainer, state, totals, part, mask, augmentation_key))
     return trainer.update(state, totals)
 
 

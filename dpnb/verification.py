@@ -41,13 +41,15 @@ def verify(directory: str | pathlib.Path, *, data_dir=None, data_file=None) -> R
         checks.append((agree, f"epsilon ({accountant.upper()}) {said}, from the ledger {found}"))
     hyper = {k: v for k, v in r["hyper_parameters"].items() if v is not None}
     experiment = Experiment(**{**hyper, "epsilon": hyper.get("epsilon", float("inf"))})
-    found = data.load(
-        r["data"]["name"], data_dir=data_dir, file=data_file, validation=experiment.validation
-    )
+    found = data.load(r["data"]["name"], data_dir=data_dir, file=data_file, validation=experiment.validation)
     same = found.fingerprint == r["data"]["fingerprint"]
-    checks.append((same, f"data fingerprint {found.fingerprint[:16]}, recorded {r['data']['fingerprint'][:16]}"))
+    checks.append(
+        (same, f"data fingerprint {found.fingerprint[:16]}, recorded {r['data']['fingerprint'][:16]}")
+    )
     params, apply = functional(make_model(experiment, len(found.classes), 0))
-    accuracy = make_evaluate(apply)(unflatten(load_file(directory / "ema.safetensors"), params), found.test).accuracy
+    accuracy = make_evaluate(apply)(
+        unflatten(load_file(directory / "ema.safetensors"), params), found.test
+    ).accuracy
     close = abs(accuracy - r["accuracy"]["ema"]) <= 100 * 3 / len(found.test)  # ties may fall otherwise
     checks.append((close, f"EMA accuracy {r['accuracy']['ema']:.2f} %, from the weights {accuracy:.2f} %"))
     return Report(all(ok for ok, _ in checks), [f"{'ok  ' if ok else 'FAIL'} {text}" for ok, text in checks])
@@ -60,5 +62,7 @@ def unflatten(arrays: dict[str, np.ndarray], like, prefix: str = ""):
     name = prefix.rstrip("/")
     if name not in arrays or arrays[name].shape != like.shape:
         got = arrays[name].shape if name in arrays else "nothing"
-        raise ValueError(f"the weights must hold {name} of shape {like.shape}, got {got}; another architecture?")
+        raise ValueError(
+            f"the weights must hold {name} of shape {like.shape}, got {got}; another architecture?"
+        )
     return np.asarray(arrays[name], np.float32)

@@ -55,8 +55,8 @@ TABLE = [
 # the batch and the number of views.  Hardware, time and what to expect: docs of each notebook.
 PRESETS = {
     "smoke": dict(  # two laptop cores, a few minutes
-        depth=10, width=1, steps=200, expected_batch_size=500, augmult=0, learning_rate=2.0,
-        physical_batch_size=16, eval_every=50, eval_examples=1000,
+        depth=10, width=1, steps=150, expected_batch_size=500, augmult=0, learning_rate=2.0,
+        physical_batch_size=16, eval_every=25, eval_examples=1000,
     ),
     "teach": dict(  # two laptop cores, half an hour
         depth=10, width=1, steps=800, expected_batch_size=1000, augmult=1, learning_rate=2.0,

@@ -75,7 +75,9 @@ class Experiment:
 
         free = [n for n in ("noise_multiplier", "steps", "epsilon") if getattr(self, n) is None]
         check(len(free) <= 1, "at most one of noise_multiplier, steps, epsilon may be None", free)
-        check(self.epsilon is None or self.epsilon > 0, "epsilon must be positive (inf for none)", self.epsilon)
+        check(
+            self.epsilon is None or self.epsilon > 0, "epsilon must be positive (inf for none)", self.epsilon
+        )
         check(0 < self.delta < 1, "delta must be in (0, 1)", self.delta)
         sigma = self.noise_multiplier
         check(sigma is None or 0 <= sigma < math.inf, "noise_multiplier must be finite and >= 0", sigma)

@@ -1,0 +1,23 @@
+"""The README's result table is the one that the committed records give."""
+
+import pathlib
+
+from dpnb import results
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def test_result_table_comes_from_the_records():
+    document = (ROOT / "README.md").read_text()
+    table = results.table("cifar10/*", results.load(ROOT / "results"))
+    fresh = results.insert(document, "cifar10", table)
+    assert fresh == document, "renew it: dpnb table cifar10 --write README.md"
+
+
+def test_files_that_the_readme_names_exist():
+    text = (ROOT / "README.md").read_text()
+    named = [word for word in text.replace("`", " ").replace("(", " ").replace(")", " ").split() if "/" in word]
+    files = [w.strip(",.;:") for w in named if w.startswith(("dpnb/", "notebooks/", "benchmarks/", "results/"))]
+    assert len(files) > 8
+    missing = [f for f in files if not (ROOT / f).exists()]
+    assert not missing
