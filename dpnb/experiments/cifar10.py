@@ -59,8 +59,15 @@ PRESETS = {
         physical_batch_size=16, eval_every=25, eval_examples=1000,
     ),
     "teach": dict(  # two laptop cores, half an hour
-        depth=10, width=1, steps=800, expected_batch_size=1000, augmult=1, learning_rate=2.0,
-        physical_batch_size=16, eval_every=100, eval_examples=2000,
+        depth=10,
+        width=1,
+        steps=500,
+        expected_batch_size=1000,
+        augmult=0,
+        learning_rate=2.0,
+        physical_batch_size=16,
+        eval_every=50,
+        eval_examples=2000,
     ),
     "colab": dict(  # one small GPU or TPU, an hour or two
         depth=16, width=4, steps=500, expected_batch_size=2048, augmult=4, learning_rate=2.0,
