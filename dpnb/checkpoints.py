@@ -25,6 +25,8 @@ class Checkpoints:
 
     def save(self, state: Any, history: History, events: list[dict]) -> None:
         """Writes atomically: a run killed while writing resumes from the checkpoint before."""
+        # The key is derived from the seed, and whoever has it has the noise: it stays out.
+        state = state._replace(key=jax.numpy.zeros_like(state.key))
         extra = {"fingerprint": self.fingerprint, "history": history, "events": events}
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(extra))
         step = int(state.step)
@@ -44,21 +46,28 @@ class Checkpoints:
             )
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        return self.manager.restore(step, args=args).state, extra["history"], extra["events"]
+        state = self.manager.restore(step, args=args).state
+        return state._replace(key=like.key), extra["history"], extra["events"]
 
     def close(self) -> None:
         self.manager.close()
 
 
-def run_seed(directory: pathlib.Path, seed: int | None) -> int:
-    """The given seed, or a secret one of 63 bits kept in `directory/seed.secret` for resuming.
+def run_seed(directory: pathlib.Path, seed: int | None) -> tuple[int, str]:
+    """(seed, label): the given seed, or a secret one of 63 bits kept in `directory/seed.secret`.
 
-    Whoever knows the seed knows the noise, so a secret one appears in no record.
+    Whoever knows the seed knows the noise, so a secret one appears in no record. The label may:
+    it tells runs of different seeds apart, so that a new secret is never taken for a replay.
     """
     if seed is not None:
-        return seed
+        return seed, f"seed {seed}"
     file = directory / "seed.secret"
     if not file.exists():
-        file.touch(mode=0o600)
-        file.write_text(json.dumps(secrets.randbits(63)))
-    return json.loads(file.read_text())
+        drawn = {"seed": secrets.randbits(63), "label": secrets.token_hex(8)}
+        partial = directory / "seed.secret.partial"
+        partial.unlink(missing_ok=True)
+        partial.touch(mode=0o600)
+        partial.write_text(json.dumps(drawn))
+        partial.replace(file)  # whole or not at all
+    kept = json.loads(file.read_text())
+    return kept["seed"], f"secret {kept['label']}"

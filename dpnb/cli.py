@@ -19,6 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("list", help="experiments, what the paper reports, and their status")
     add.add_argument("pattern", nargs="?", default="*", help="shell pattern, e.g. 'cifar10/*'")
+    add.add_argument("--results", default="results", help="directory of records")
     add = commands.add_parser("run", help="execute an experiment's notebook with papermill")
     add.add_argument("name", help="as `dpnb list` shows it")
     add.add_argument("--preset", choices=experiments.PRESETS, default="smoke")
@@ -49,10 +50,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def list_(options) -> int:
+    from dpnb import results
+
+    records = results.load(options.results)
     for name in experiments.names(options.pattern):
         e = experiments.get(name)
         paper = "-" if e.paper_mean is None else f"{e.paper_mean} +- {e.paper_std} %"
-        print(f"{name:24} epsilon {e.epsilon:g}, delta {e.delta:g}  paper: {paper:14} {e.paper_source}")
+        status = results.status(e, records)
+        print(f"{name:24} epsilon {e.epsilon:g}, delta {e.delta:g}  paper: {paper:14} {status:34} {e.paper_source}")
     return 0
 
 

@@ -53,7 +53,8 @@ class Ledger:
     budget.delta under `accountant`, provided that the caller
       - calls `charge` before the noisy gradient exists, for every update;
       - puts everything that determines the released bits into the fingerprint (settings, seed, data,
-        code and library versions, device), as an equal one is taken for a replay and is free;
+        code and library versions, device, and the parameters before the step, or the `lineage` that
+        led to them), as an equal one is taken for a replay and is free;
       - draws sampling and noise afresh where the fingerprint differs (`derived_seed`): releases that
         share their noise do not compose at all, however often they are charged.
     A copied or deleted file can vouch for nothing; `check_includes` notices an older one.
@@ -359,12 +360,27 @@ def _damaged(path, number: int) -> LedgerError:
     )
 
 
+def lineage(previous: str, fingerprint: str) -> str:
+    """The fingerprint of a step that also stands for every step before it; "" before the first.
+
+    `fingerprint` alone would not tell a run from one that continued another's checkpoint with its
+    settings: the same step, but other parameters. Keep the value in the checkpoint:
+
+    >>> state = ""
+    >>> for step in range(3):
+    ...     state = lineage(state, "settings, seed, data, device")  # then charge(step, mechanism, state)
+    >>> state[:8]
+    'a5f3dd0d'
+    """
+    return hashlib.sha256(json.dumps([previous, fingerprint]).encode()).hexdigest()
+
+
 def derived_seed(seed: int, fingerprint: str) -> int:
     """A seed in [0, 2**63) for sampling and noise: afresh whenever the fingerprint differs.
 
-    Two releases that share the seed but not the settings share their noise, and their difference
-    shows the data bare; deriving the seed from both makes them independent, as composition needs.
-    It is as secret as `seed` is.
+    Two releases that share the noise but not the settings differ by a bare function of the data;
+    deriving the seed from both makes them independent, as composition needs. It is as secret as
+    `seed` is.
     """
     return int.from_bytes(hashlib.sha256(f"{int(seed)} {fingerprint}".encode()).digest()[:8]) >> 1
 

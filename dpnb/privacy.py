@@ -7,6 +7,7 @@ whose names can be had from here too.
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import operator
@@ -160,7 +161,13 @@ def epsilon(mechanism, steps: int, delta: float, accountant: str = "pld") -> flo
 
 def epsilon_curve(mechanism, steps: Sequence[int], delta: float, accountant: str = "pld") -> list[float]:
     """Epsilon after each of `steps` updates, for a plot of how the budget is spent."""
-    return [epsilon(mechanism, n, delta, accountant) for n in steps]
+    return [_cached_epsilon(mechanism, int(n), delta, accountant) for n in steps]
+
+
+@functools.lru_cache(maxsize=1024)
+def _cached_epsilon(mechanism: Mechanism, steps: int, delta: float, accountant: str) -> float:
+    """A notebook plots the curve that training shows again; PLD takes a second a point."""
+    return epsilon(mechanism, steps, delta, accountant)
 
 
 def calibrate_noise(
@@ -245,7 +252,15 @@ def calibrate_steps(
 
 def __getattr__(name: str):
     # On demand, as dpnb.ledger imports this module.
-    if name in ("Ledger", "LedgerError", "LedgerLocked", "BudgetExceeded", "privacy_statement"):
+    if name in (
+        "Ledger",
+        "LedgerError",
+        "LedgerLocked",
+        "BudgetExceeded",
+        "lineage",
+        "derived_seed",
+        "privacy_statement",
+    ):
         from dpnb import ledger
 
         return getattr(ledger, name)
@@ -269,8 +284,7 @@ def _last_that_fits(
 
     def gap(x):
         value = value_at(x)
-        log = -math.inf if value <= 0 else math.log(value / target)
-        return min(log, 0.0) if value <= target else max(log, 1e-300)  # the ratio may round to 1
+        return -math.inf if value <= 0 else math.log(value / target)  # exactly 0 only where equal
 
     low = high = None  # low fits, high does not
     x, factor = min(max(guess, least), most), 1.1

@@ -27,13 +27,14 @@ def interactive() -> bool:
 class Progress:
     """Counts updates from `start` to `total`, with numbers beside them.
 
-    In batch it prints at most about twenty lines, and at least one every `seconds`.
+    In batch it prints at most about twenty lines, and at least one every `seconds`. Speed and
+    time left leave out the first update of this process, most of which is compilation.
     """
 
     def __init__(self, total: int, start: int = 0, seconds: float = 60.0):
         self.total, self.done, self.start = total, start, start
-        self.seconds, self.began = seconds, time.monotonic()
-        self.printed = self.began
+        self.seconds, self.printed = seconds, time.monotonic()
+        self.compiled = None  # when the first update was done
         self.examples, self.accuracies, self.bar = 0, {}, None
         if interactive():
             from tqdm.auto import tqdm
@@ -43,8 +44,13 @@ class Progress:
     def advance(self, point: dict[str, Any]) -> None:
         """One more update is done; `point` is a point of the training curve."""
         self.done += 1
-        self.examples += point["batch_size"]
         now = time.monotonic()
+        first, timed = self.compiled is None, self.done - self.start - 1
+        if first:
+            self.compiled = now
+        else:
+            self.examples += point["batch_size"]
+        elapsed = max(now - self.compiled, 1e-9)
         for name in ("raw_accuracy", "ema_accuracy"):  # the last known ones stay on show
             if name in point:
                 self.accuracies[name.replace("_accuracy", "")] = f"{point[name]:.1f}%"
@@ -53,18 +59,18 @@ class Progress:
             "train": f"{point['train_accuracy']:.1f}%",
             **self.accuracies,
             "epsilon": f"{point['epsilon']:.3g}",
-            "examples/s": f"{self.examples / (now - self.began):.0f}",
+            "examples/s": "-" if first else f"{self.examples / elapsed:.0f}",
         }
         if self.bar is not None:
             self.bar.set_postfix(shown, refresh=False)
             self.bar.update()
             return
-        every = max(1, self.total // 20)
+        every = -(-self.total // 20)
         if self.done % every == 0 or self.done == self.total or now - self.printed > self.seconds:
             self.printed = now
-            left = (now - self.began) / (self.done - self.start) * (self.total - self.done)
+            left = "-" if first else f"{elapsed / timed * (self.total - self.done) / 60:.1f} min"
             numbers = "  ".join(f"{k} {v}" for k, v in shown.items())
-            print(f"update {self.done}/{self.total}  {numbers}  time left {left / 60:.1f} min", flush=True)
+            print(f"update {self.done}/{self.total}  {numbers}  time left {left}", flush=True)
 
     def close(self) -> None:
         if self.bar is not None:
@@ -75,4 +81,3 @@ class Progress:
 
     def __exit__(self, *exception) -> None:
         self.close()
-

@@ -172,7 +172,16 @@ def table(pattern: str, results: list[dict[str, Any]]):
         "devices",
         "status",
     ]
-    return pandas.DataFrame(rows, columns=columns).fillna("-")
+    return pandas.DataFrame(rows, columns=columns, dtype=object).fillna("-")  # counts stay whole
+
+
+def status(experiment: experiments.Experiment, results: list[dict[str, Any]]) -> str:
+    """"reproduced (n runs)" where records at preset "paper" exist, else "runnable" and what was run."""
+    presets = [r["preset"] for r in results if r["experiment"] == experiment.name and not r["stopped"]]
+    if "paper" in presets:
+        return f"reproduced ({presets.count('paper')} runs)"
+    smaller = ", ".join(p for p in experiments.PRESETS if p in presets)
+    return f"runnable (run at {smaller})" if smaller else "runnable"
 
 
 def markdown(frame) -> str:

@@ -22,6 +22,7 @@ from dpnb.checkpoints import Checkpoints, run_seed
 from dpnb.data import Dataset
 from dpnb.evaluation import Evaluation, local, make_evaluate
 from dpnb.experiments.experiment import Experiment
+from dpnb.identity import computation
 from dpnb.ledger import BudgetExceeded, Ledger, derived_seed
 from dpnb.models.checks import check_independent
 from dpnb.progress import Progress
@@ -115,11 +116,11 @@ def train(
     began, directory = time.monotonic(), pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     experiment = calibrated(experiment, len(data.train.labels))
-    custom = str((model, optimizer)) if model or optimizer else ""
+    custom = computation(model, optimizer, data.train.images.shape[1:])
     fingerprint = experiment.fingerprint(data=data.fingerprint, custom=custom)
     # Two runs that share a seed and nothing else must not share their noise.
-    seed = derived_seed(run_seed(directory, experiment.seed), fingerprint)
-    fingerprint = f"{fingerprint} {seed}" if experiment.seed is not None else fingerprint
+    seed, label = run_seed(directory, experiment.seed)
+    seed, fingerprint = derived_seed(seed, fingerprint), f"{fingerprint} {label}"
     check_independent(model or make_model(experiment, len(data.classes), seed), noise_images(data))
     trainer = make_trainer(experiment, data, seed=seed, model=model, optimizer=optimizer, devices=devices)
     hardware = (
@@ -146,14 +147,16 @@ def train(
                     stopped = f"stopped on purpose after {step} of {experiment.steps} updates"
                     break
                 ledger.charge(step, mechanism, f"{fingerprint} {hardware}")
-                state, seen = one_update(trainer, state)
+                new, seen = one_update(trainer, state)
                 point = curve_point(step + 1, seen, spent(step + 1))
                 last = step + 1 == experiment.steps
-                if last or (experiment.eval_every and (step + 1) % experiment.eval_every == 0):
+                shown = last or (experiment.eval_every and (step + 1) % experiment.eval_every == 0)
+                if shown:
                     split = data.test.head(experiment.eval_examples)
-                    point["raw_accuracy"] = evaluate(state.params, split).accuracy
-                    point["ema_accuracy"] = evaluate(state.ema, split).accuracy
-                    history.append(point)
+                    point["raw_accuracy"] = evaluate(new.params, split).accuracy
+                    point["ema_accuracy"] = evaluate(new.ema, split).accuracy
+                # Together, so that an interrupted run keeps both or neither.
+                state, history = new, [*history, point] if shown else history
                 if last or time.monotonic() - saved > checkpoint_every:
                     checkpoints.save(state, history, ledger.events())
                     saved = time.monotonic()

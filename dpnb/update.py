@@ -121,7 +121,7 @@ def make_trainer(
     """Compiles nothing yet, spends nothing yet: puts data and parameters on the devices.
 
     Args:
-      experiment: with `noise_multiplier` and `steps` known (see `dpnb.budget.solve`).
+      experiment: with `noise_multiplier` and `steps` known (see `dpnb.training.calibrated`).
       data: uint8 images; they are copied to every device.
       seed: of sampling, augmentation, noise and initial parameters.
       model: any NNX model of images [batch, h, w, c] -> logits (default: the experiment's).
@@ -214,6 +214,7 @@ def make_update(experiment: Experiment, sensitivity: float, optimizer, mesh) -> 
     """All-reduce, noise once, divide by the expected batch size, optimizer step, EMA."""
     sigma = experiment.noise_multiplier
     std = sigma * sensitivity if sigma else 0.0
+    add_noise((), jax.random.key(0), std)  # refuses an infinite one before anything is spent
 
     def update(state: State, totals: Totals) -> tuple[State, Seen]:
         total, seen = jax.tree.map(lambda t: t.sum(0), totals)

@@ -4,10 +4,11 @@ import dataclasses
 import json
 import pathlib
 
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
-from dpnb import data, results
+from dpnb import data, privacy, results
 from dpnb.evaluation import make_evaluate
 from dpnb.experiments import Experiment
 from dpnb.models import functional
@@ -39,6 +40,12 @@ def verify(directory: str | pathlib.Path, *, data_dir=None, data_file=None) -> R
         found = results.recompute_epsilon(r["ledger"], r["privacy"]["delta"], accountant)
         agree = found == said or (None not in (found, said) and abs(found - said) <= 1e-3 * said)
         checks.append((agree, f"epsilon ({accountant.upper()}) {said}, from the ledger {found}"))
+    p, charged = r["privacy"], privacy.counts_from_json(r["ledger"])
+    stated = privacy.Mechanism(p["noise_multiplier"], p["sampling_probability"], p["sampler"])
+    valid = "valid" if stated.valid else "nominal"
+    # A step that was charged twice is in the ledger twice.
+    agree = set(charged) == {stated} and charged[stated] >= p["steps"] and p["epsilon_is"] == valid
+    checks.append((agree, f"{p['steps']} steps of {stated}, {p['epsilon_is']}; the ledger has {charged}"))
     hyper = {k: v for k, v in r["hyper_parameters"].items() if v is not None}
     experiment = Experiment(**{**hyper, "epsilon": hyper.get("epsilon", float("inf"))})
     found = data.load(r["data"]["name"], data_dir=data_dir, file=data_file, validation=experiment.validation)
@@ -65,4 +72,4 @@ def unflatten(arrays: dict[str, np.ndarray], like, prefix: str = ""):
         raise ValueError(
             f"the weights must hold {name} of shape {like.shape}, got {got}; another architecture?"
         )
-    return np.asarray(arrays[name], np.float32)
+    return jnp.asarray(arrays[name], jnp.float32)

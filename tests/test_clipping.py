@@ -58,10 +58,7 @@ def setup(make, shape, views, *, examples=5, integers=False):
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda p: jnp.asarray(0.3 * rng.standard_normal(p.shape) + (p.ndim == 1)), params)
     shape = (examples, views, *shape)
-    if integers:
-        inputs = rng.integers(0, 7, shape)
-    else:
-        inputs = rng.standard_normal(shape)
+    inputs = rng.integers(0, 7, shape) if integers else rng.standard_normal(shape)
     weights = rng.standard_normal((examples, 1)) ** 3  # spreads the norms around the clip
 
     def loss(params, example):
@@ -126,7 +123,7 @@ def test_whole_network_matches_a_loop_over_examples(views, float64):
     check_against_loop(*setup(lambda r: make(rngs=r), (6, 6, 3), views, examples=3), microbatch_size=1)
 
 
-@pytest.mark.parametrize("name", FORMULATIONS)
+@pytest.mark.parametrize("name", sorted({*FORMULATIONS} - {"auto"}))
 def test_every_formulation_matches_a_loop_over_examples(name, float64):
     with formulation(name):
         check_against_loop(*setup(*LAYERS["first block"], 2, examples=3))
@@ -146,7 +143,7 @@ def test_any_pure_loss_of_any_tree():
     grads, losses = zip(*gradients(lambda p, e: loss(p, e)[0], params, examples), strict=True)
     for size in (None, 2):
         grad = clipped_grad(loss, 0.5, has_aux=True, microbatch_size=size)
-        got, info = grad(params, examples)
+        got, info = jit(grad)(params, examples)
         assert error(got, naive(grads, 0.5)) < 1e-5
         np.testing.assert_allclose(info.norms, [norm(g) for g in grads], rtol=1e-5)
         np.testing.assert_allclose(info.losses, losses, rtol=1e-5)
@@ -333,7 +330,7 @@ def test_without_a_clip_it_is_the_plain_gradient(float64):
     params, loss, examples = setup(*LAYERS["conv 3x3 stride 2"], 2)
     grad = clipped_grad(loss, float("inf"))
     got, _ = jit(grad)(params, examples)
-    batch_loss = lambda p: jax.vmap(loss, (None, 0))(p, examples).mean(1).sum()  # noqa: E731
+    batch_loss = lambda p: jax.vmap(loss, (None, 0))(p, examples).mean(1).sum()
     assert error(got, jit(jax.grad(batch_loss))(params)) < TOLERANCE
     assert grad.sensitivity == float("inf")
 
@@ -371,7 +368,7 @@ def test_half_precision_losses_are_averaged_in_float32():
 def test_half_precision_computation_keeps_float32_sums():
     params, apply = functional(Conv(3, 4, 3, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 2, 5, 5, 3)), jnp.float32)
-    loss = lambda p, x: jnp.sin(apply(p, x)).sum((1, 2, 3))  # noqa: E731
+    loss = lambda p, x: jnp.sin(apply(p, x)).sum((1, 2, 3))
     total, info = jit(clipped_grad(loss, 1.0))(params, x)
     assert apply(params, x[0]).dtype == jnp.bfloat16
     assert {g.dtype for g in jax.tree.leaves((total, info.norms, info.losses))} == {np.dtype("float32")}

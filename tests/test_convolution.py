@@ -196,7 +196,7 @@ def test_everything_else_is_left_to_jax(options, float64):
         x, w = x.astype(jnp.float32), w.astype(jnp.float32)
 
     def grads(conv):
-        f = lambda x, w: jnp.sin(conv(x, w, **options)).sum()  # noqa: E731
+        f = lambda x, w: jnp.sin(conv(x, w, **options)).sum()
         return conv(x, w, **options), jax.grad(f, (0, 1))(x, w)
 
     got, want = grads(conv_general_dilated), grads(lax.conv_general_dilated)
@@ -209,7 +209,7 @@ def test_half_precision_keeps_its_dtype():
     numbers = dict(padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
     for name in FORMULATIONS:
         with formulation(name):
-            f = lambda w, x: conv_general_dilated(x, w, (1, 1), **numbers).astype(float).sum()  # noqa: E731
+            f = lambda w, x: conv_general_dilated(x, w, (1, 1), **numbers).astype(float).sum()
             grads = jax.eval_shape(jax.vmap(jax.grad(f, (0, 1)), (None, 0)), w, x)
         assert [g.dtype for g in grads] == [jnp.bfloat16] * 2
 

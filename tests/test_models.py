@@ -70,7 +70,9 @@ class Plain:
 
     def block(self, b, x, stride, project):
         assert ("skip_conv" in b) == ("skip_norm" in b) == project
-        skip = self.conv(b["skip_conv"], self.norm(b["skip_norm"], np.maximum(x, 0)), stride) if project else x
+        skip = x
+        if project:
+            skip = self.conv(b["skip_conv"], self.norm(b["skip_norm"], np.maximum(x, 0)), stride)
         y = self.conv(b["conv1"], self.norm(b["norm1"], np.maximum(x, 0)), stride)
         y = self.conv(b["conv2"], self.norm(b["norm2"], np.maximum(y, 0)), 1)
         return y + skip
@@ -95,8 +97,8 @@ class Plain:
         y = np.zeros((len(x), *out, kernel.shape[-1]))
         for i in range(size):
             for j in range(size):
-                rows, columns = (slice(k, k + (o - 1) * stride + 1, stride) for k, o in ((i, out[0]), (j, out[1])))
-                y += x[:, rows, columns] @ kernel[i, j]
+                window = x[:, i:, j:][:, ::stride, ::stride][:, : out[0], : out[1]]
+                y += window @ kernel[i, j]
         return y + p["bias"]
 
 
@@ -118,7 +120,7 @@ def test_depth_must_fit():
 
 
 def test_other_norms():
-    layer_norm = lambda features: nnx.LayerNorm(features, rngs=nnx.Rngs(0))  # noqa: E731
+    layer_norm = lambda features: nnx.LayerNorm(features, rngs=nnx.Rngs(0))
     model = abstract(norm=layer_norm)
     assert isinstance(model.norm, nnx.LayerNorm) and isinstance(model.blocks[0].skip_norm, nnx.LayerNorm)
 

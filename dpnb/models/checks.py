@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-
 # The state that could carry examples from call to call.
 _carried = nnx.Not(nnx.Any(nnx.Param, nnx.RngState, nnx.Intermediate))
 

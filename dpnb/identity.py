@@ -1,0 +1,43 @@
+"""What a model and an optimizer compute, as a hash that is the same in every process."""
+
+import hashlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from dpnb.models import functional
+
+
+def computation(
+    model: nnx.Module | None, optimizer: optax.GradientTransformation | None, image_shape: tuple[int, ...]
+) -> str:
+    """SHA-256 (hex) of the traced programs and all their constants, initial parameters included.
+
+    Printed objects will not do: they show memory addresses, which differ from process to
+    process, and neither parameters nor learning rates, which make another release.
+
+    Args:
+      model: any NNX model, or None.
+      optimizer: any Optax transformation, or None.
+      image_shape: (h, w, c) of one image.
+    """
+    digest, programs, params = hashlib.sha256(), [], {}
+    if model is not None:
+        params, apply = functional(model)
+        programs.append(jax.make_jaxpr(apply)(params, jnp.zeros((1, *image_shape))))
+    if optimizer is not None:
+        like = params or {"any": jnp.zeros(3)}
+        programs.append(jax.make_jaxpr(optimizer.init)(like))
+        programs.append(jax.make_jaxpr(optimizer.update)(like, optimizer.init(like), like))
+    for program in programs:
+        digest.update(re.sub(r"0x[0-9a-f]+", "", str(program.jaxpr)).encode())
+    for x in jax.tree.leaves([params, *[list(program.consts) for program in programs]]):
+        if jax.dtypes.issubdtype(getattr(x, "dtype", None), jax.dtypes.prng_key):
+            x = jax.random.key_data(x)
+        x = np.asarray(x)
+        digest.update(f"{x.dtype} {x.shape}".encode() + x.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,180 @@
+"""The command line: refuses in one line before it does anything, and leaves a record behind."""
+
+import json
+import math
+import os
+import pathlib
+
+import nbformat
+import pytest
+import shared_runs
+
+from dpnb import cli, experiments, privacy, verification
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working directory, to see that nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def refusal(capsys, *arguments) -> str:
+    """The one line that the command refuses with."""
+    try:
+        status = cli.main(list(arguments))
+    except SystemExit as error:  # argparse
+        status = error.code
+    out, err = capsys.readouterr()
+    assert status == 2 and not out
+    lines = [line for line in err.splitlines() if not line.startswith(("usage:", "  "))]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_list(capsys):
+    assert cli.main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == experiments.names()
+    assert "81.4 +- 0.2 %" in next(line for line in lines if line.startswith("cifar10/wrn-40-4/eps8"))
+    assert cli.main(["list", "digits/*"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_unknown_name_suggests(capsys, here):
+    line = refusal(capsys, "run", "cifar10/wrn16-4/eps8")
+    assert "cifar10/wrn16-4/eps8" in line and "did you mean cifar10/wrn-16-4/eps8" in line
+    assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--set", "learning_rat=4"], "learning_rat"),
+        (["--set", "steps"], "KEY=VALUE"),
+        (["--set", "steps=-3"], "steps must be positive"),
+        (["--set", "sampler=poison"], "sampler"),
+        (["--preset", "huge"], "huge"),
+        (["--seed", "x"], "seed"),
+        (["--steps", "3"], "--steps"),
+    ],
+)
+def test_bad_arguments_do_nothing(capsys, here, arguments, named):
+    assert named in refusal(capsys, "run", "digits/demo", *arguments)
+    assert not list(here.iterdir())
+
+
+def test_other_commands_refuse_too(capsys, here):
+    assert "cifar11" in refusal(capsys, "table", "cifar11")
+    assert "command" in refusal(capsys)
+    refusal(capsys, "verify", str(here / "nothing"))
+
+
+def test_a_wheel_without_notebooks_says_so(capsys, here, monkeypatch):
+    monkeypatch.setattr(cli, "NOTEBOOKS", here / "no notebooks")
+    assert "source checkout" in refusal(capsys, "run", "digits/demo")
+    assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("pair", "expected"),
+    [
+        ("steps=10", {"steps": 10}), ("learning_rate=0.5", {"learning_rate": 0.5}), ("seed=None", {"seed": None}),
+        ("epsilon=inf", {"epsilon": math.inf}), ("sampler=shuffle", {"sampler": "shuffle"}),
+        ("data_note=a=b", {"data_note": "a=b"}), ("delta=1e-6", {"delta": 1e-6}),
+    ],
+)  # fmt: skip
+def test_changes(pair, expected):
+    made = cli.changes([pair])
+    assert made == expected and type(*made.values()) is type(*expected.values())
+
+
+def test_last_change_wins():
+    assert cli.changes(["steps=1", "augmult=2", "steps=3"]) == {"steps": 3, "augmult": 2}
+
+
+def test_table(capsys, here):
+    assert cli.main(["table", "cifar10", "--results", str(here), "--markdown"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 12 and "unverified" in lines[2] and "81.4 +- 0.2" in lines[-1]
+    assert cli.main(["table", "cifar10/wrn-40-4/*", "--results", str(here)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 6
+
+
+@pytest.fixture(scope="module")
+def demo():
+    """The one execution of the notebook that these tests and those of the notebook look at."""
+    return shared_runs.demo()
+
+
+def test_run_leaves_everything_behind(demo):
+    assert demo.returncode == 0, demo.stderr
+    for name in ("cifar10_from_scratch.ipynb", "result.json", "curve.png", "confusion.png", "privacy.md",
+                 "ledger.jsonl", "ema.safetensors"):  # fmt: skip
+        assert (demo.out / name).stat().st_size > 0, name
+    for name in ("curve.png", "confusion.png"):
+        assert (demo.out / name).read_bytes()[:4] == b"\x89PNG"
+    assert privacy.NEIGHBOURS in (demo.out / "privacy.md").read_text()
+
+
+def test_run_prints_progress_and_the_row(demo):
+    lines = demo.stdout.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("update ")] == ["1/3", "2/3", "3/3"]
+    *_, row, record, figure, notebook = lines
+    assert row.startswith("digits/demo [smoke, seed 0] on digits: EMA ") and "valid epsilon PLD " in row
+    for line, name in (
+        (record, "result.json"),
+        (figure, "curve.png"),
+        (notebook, "cifar10_from_scratch.ipynb"),
+    ):
+        assert pathlib.Path(line.split(": ")[1]) == demo.out / name
+
+
+def test_run_took_the_changes(demo):
+    r = json.loads((demo.out / "result.json").read_text())
+    assert (r["experiment"], r["preset"], r["seed"]) == ("digits/demo", "smoke", 0)
+    assert (r["privacy"]["steps"], r["privacy"]["sampling_probability"]) == (3, 24 / 1500)
+    assert r["privacy"]["epsilon_pld"] <= 8.0 and r["privacy"]["epsilon_is"] == "valid"
+    assert sum(event["steps"] for event in r["ledger"]) == 3
+
+
+def test_the_record_verifies(demo):
+    report = verification.verify(demo.out)
+    assert report.ok, report.lines
+
+
+def test_a_failing_notebook_is_reported(here):
+    """A missing data file fails in the notebook's own words; exit status 1, and the notebook to look at."""
+    missing = here / "missing.npz"
+    done = shared_runs.python(
+        "-m", "dpnb.cli", "run", "digits/demo", f"--data-file={missing}", f"--out={here / 'out'}"
+    )
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("dpnb: ")]
+    assert "digits/demo failed: DataError" in line and str(missing) in line
+    executed = here / "out" / "cifar10_from_scratch.ipynb"
+    assert str(executed) in done.stdout and not (here / "out" / "result.json").exists()
+    errors = [
+        o
+        for cell in nbformat.read(executed, 4).cells
+        for o in cell.get("outputs", ())
+        if o.output_type == "error"
+    ]
+    assert errors
+
+
+@pytest.mark.slow
+def test_cifar10(tmp_path):
+    """On the real images, where the environment says where they are."""
+    data_dir = os.environ.get("DPNB_DATA_DIR")
+    if not data_dir:
+        pytest.skip("set DPNB_DATA_DIR to a TFDS directory with cifar10 to run this")
+    sets = [f"--set={pair}" for pair in shared_runs.SMALL]
+    done = shared_runs.python(
+        "-m", "dpnb.cli", "run", "cifar10/wrn-16-4/eps8", "--preset=smoke", *sets, f"--data-dir={data_dir}",
+        f"--out={tmp_path}", "--data-note=a test",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    r = json.loads((tmp_path / "result.json").read_text())
+    assert (r["data"]["name"], r["data"]["training_examples"]) == ("cifar10", 50_000)
+    assert r["evaluated_on"] == "10000 test images" and "a test" in r["data"]["note"]

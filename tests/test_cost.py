@@ -1,0 +1,92 @@
+"""The prediction before a run: its formulas, and that it spends nothing."""
+
+import dataclasses
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+import shared_runs
+
+from dpnb import cost, ledger, update
+from dpnb.experiments import Experiment
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """A linear model: the formulas are the same, the compilation is not."""
+    monkeypatch.setattr(update, "make_model", shared_runs.linear)
+
+
+def experiment(**changes):
+    fields = {"noise_multiplier": 1.0, "steps": 10, "expected_batch_size": 48, "augmult": 2, "delta": 1e-3}
+    return Experiment("bands/cost", **{**fields, "physical_batch_size": 4, **changes})
+
+
+@pytest.fixture(scope="module")
+def predicted():
+    """Once for all: K = 2, one prediction, with a ledger that must not be opened."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(update, "make_model", shared_runs.linear)
+        patch.setattr(ledger.Ledger, "__init__", lambda *_: pytest.fail("a prediction opened a ledger"))
+        patch.chdir(shared_runs.temporary("cost"))
+        made = cost.predict(experiment(), shared_runs.bands())
+        left = list(shared_runs.pathlib.Path(".").rglob("*"))
+    return made, left
+
+
+def test_views_and_flops(predicted):
+    """views = T B K; a linear layer of 192 x 3 needs 2 FLOP a weight forward, and the same for its gradient."""
+    views = 10 * 48 * 2
+    assert predicted[0].views == views
+    multiply_adds = 2 * 192 * 3
+    assert multiply_adds <= predicted[0].flops / views <= 3 * multiply_adds + 100
+
+
+def test_memory_time_and_batch_are_positive(predicted):
+    data_bytes = shared_runs.bands().train.images.nbytes
+    assert data_bytes < predicted[0].memory < 2**30
+    assert 0 < predicted[0].seconds < 600
+    assert predicted[0].physical_batch_size == 4
+
+
+def test_nothing_is_written(predicted):
+    assert predicted[1] == []
+
+
+def test_in_words(predicted):
+    text = str(predicted[0])
+    for unit in ("views", "FLOP", "MiB per device", "examples", "minutes"):
+        assert unit in text
+    long = dataclasses.replace(predicted[0], seconds=3 * 3600.0)
+    assert "about 3.0 hours" in str(long)
+
+
+@pytest.mark.parametrize(("augmult", "expected"), [(0, 16), (1, 16), (4, 4), (16, 2)])
+def test_cpu_batch_is_two_microbatches_of_about_eight_views(augmult, expected):
+    e = experiment(augmult=augmult, physical_batch_size=None)
+    assert cost.physical_batch_size(e, shared_runs.bands()) == expected
+
+
+@pytest.mark.parametrize(("free", "expected"), [(1000, 4), (10_000, 32), (10**9, 256)])
+def test_accelerator_batch_fits_the_memory(monkeypatch, free, expected):
+    """100 + 100 n bytes: the largest power of two within 60 % of what is free, and at most 4096 views."""
+    device = types.SimpleNamespace(
+        platform="gpu", memory_stats=lambda: {"bytes_limit": free, "bytes_in_use": 0}
+    )
+    monkeypatch.setattr(cost.jax, "devices", lambda: [device])
+    monkeypatch.setattr(cost, "_footprint", lambda e, d, n: 100 + 100 * n)
+    size = cost.physical_batch_size(experiment(augmult=16, physical_batch_size=None), shared_runs.bands())
+    assert size == expected
+
+
+def test_free_memory():
+    device = types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": 100, "bytes_in_use": 30})
+    assert cost.free_memory(device) == 70
+    assert cost.free_memory(types.SimpleNamespace(memory_stats=lambda: None)) == 8 * 2**30
+
+
+def test_memory_of_counts_arguments_results_and_temporaries():
+    n = 1 << 16
+    compiled = jax.jit(lambda x: x @ x.T @ x).lower(jnp.zeros((256, n // 256))).compile()
+    assert 3 * 4 * n <= cost.memory_of(compiled) <= 8 * 4 * n

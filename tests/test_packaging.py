@@ -1,0 +1,144 @@
+"""What an installation needs, what it does not, and that no file names a machine it was written on."""
+
+import pathlib
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+import yaml
+
+ROOT = pathlib.Path(__file__).parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def test_environment_yml_holds_the_same_packages_and_ranges():
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    (pip,) = (entry["pip"] for entry in conda if isinstance(entry, dict))
+    extras = PYPROJECT["optional-dependencies"]
+    assert sorted(pip) == sorted([*PYPROJECT["dependencies"], *extras["lab"], *extras["test"], "-e ."])
+    assert f"python{PYPROJECT['requires-python']}" in conda
+
+
+@pytest.mark.parametrize(
+    "requirement", PYPROJECT["dependencies"] + sum(PYPROJECT["optional-dependencies"].values(), [])
+)
+def test_every_requirement_is_a_range(requirement):
+    """A lower and an upper bound: releases keep working, and nothing breaks one by surprise."""
+    assert re.fullmatch(r"[a-z0-9-]+>=[0-9.]+,<[0-9.]+", requirement)
+
+
+BLOCKED = (
+    "tensorflow_datasets",
+    "tensorflow",
+    "papermill",
+    "sklearn",
+    "nbformat",
+    "IPython",
+    "dp_accounting",
+)
+SOURCES = sorted(p for p in (ROOT / "dpnb").rglob("*.py") if p.stem != "plots")  # plots needs matplotlib
+MODULES = tuple(
+    ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for p in SOURCES
+)
+IMPORT = f"""
+import importlib, sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {BLOCKED}:
+            raise ModuleNotFoundError(f"blocked: {{name}}", name=name)
+
+sys.meta_path.insert(0, Blocker())
+for module in {MODULES}:
+    importlib.import_module(module)
+for blocked in {BLOCKED}:
+    try:
+        importlib.import_module(blocked)
+    except ModuleNotFoundError:
+        continue
+    raise SystemExit(f"{{blocked}} was not blocked")
+from dpnb import privacy
+try:
+    privacy.epsilon(privacy.Mechanism(1.0, 0.1), 1, 1e-5)
+except privacy.MissingAccountant as error:
+    print(error)
+"""
+
+
+def test_the_library_imports_without_the_optional_packages():
+    """Every module but the plots; the accountant is missed where it is used, with what to install."""
+    done = subprocess.run([sys.executable, "-c", IMPORT], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {"dpnb", "dpnb.training", "dpnb.update", "dpnb.results", "dpnb.models.layers"} < set(MODULES)
+    assert "pip install dp-accounting" in done.stdout
+
+
+def test_citation():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert cited["cff-version"] == "1.2.0" and cited["type"] == "software" and cited["message"]
+    assert (cited["version"], cited["license"]) == (PYPROJECT["version"], PYPROJECT["license"])
+    paper = cited["preferred-citation"]
+    assert paper["title"] == (
+        "Unlocking High-Accuracy Differentially Private Image Classification through Scale"
+    )
+    assert [a["family-names"] for a in paper["authors"]] == ["De", "Berrada", "Hayes", "Smith", "Balle"]
+    assert paper["year"] == 2022 and paper["doi"] == "10.48550/arXiv.2204.13650"
+
+
+def test_license_and_entry_point():
+    text = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in text and "Version 2.0" in text
+    assert PYPROJECT["scripts"] == {"dpnb": "dpnb.cli:main"}
+
+
+def test_make_targets():
+    text = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^(\w+):", text, re.M))
+    assert {"demo", "test", "lab"} <= targets
+    options = re.findall(r"dpnb run (.*)", text)
+    assert options
+    from dpnb import cli
+
+    for line in options:  # what `make demo` passes is what the command line takes
+        asked = subprocess.run(
+            [sys.executable, "-m", cli.__name__, "run", *line.split(), "--help"], capture_output=True, text=True,
+            cwd=ROOT,
+        )  # fmt: skip
+        for flag in re.findall(r"--[\w-]+", line):
+            assert flag in asked.stdout
+
+
+def files():
+    """Tracked files and new ones that git does not ignore; all files where there is no git."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True
+    )
+    if listed.returncode:
+        pytest.skip("not a git checkout: which files belong to the repository is not known")
+    paths = [ROOT / name for name in listed.stdout.decode().split("\0") if name]
+    return [p for p in paths if p.is_file()]
+
+
+def test_no_file_names_a_machine_or_a_registry_host():
+    """A clone works anywhere: no path of a machine, no shared folder, no package index."""
+    hosts = ["pypi." + "org", "pythonhosted." + "org", "registry.npm" + "js", "conda.anaconda." + "org"]
+    hosts += ["repo.anaconda." + "com", "download.pytorch." + "org"]
+    pattern = re.compile("|".join([r"\.\./shar" + "ed", r"(?<![\w.])/wo" + r"rk/", *map(re.escape, hosts)]))
+    found = []
+    for path in files():
+        for number, line in enumerate(path.read_text(errors="ignore").splitlines(), 1):
+            if hit := pattern.search(line):
+                found.append(f"{path.relative_to(ROOT)}:{number}: {hit[0]}")
+    assert not found
+    assert pattern.search("see ../shar" + "ed/x") and pattern.search("in '/wo" + "rk/x'")
+    assert not pattern.search("my/wo" + "rk/x")
+
+
+def test_continuous_integration_runs_the_test_command():
+    script = ROOT / ".ci" / "run"
+    assert script.stat().st_mode & 0o111, "must be executable"
+    text = script.read_text()
+    assert "make test" in text and "mktemp" in text
+    subprocess.run(["bash", "-n", script], check=True)

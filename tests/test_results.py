@@ -1,0 +1,252 @@
+"""Records describe themselves, hide the secret seed, and can be checked from their own files."""
+
+import copy
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import shared_runs
+from safetensors.numpy import load_file, save_file
+
+from dpnb import data, experiments, privacy, results, verification
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return shared_runs.tiny()
+
+
+@pytest.fixture
+def verify(tiny, tmp_path, monkeypatch):
+    """`verify(change)`: the report on a copy of the record after `change(directory, record)`."""
+    monkeypatch.setattr(verification, "make_model", shared_runs.linear)
+
+    def verify(change=lambda directory, record: None, file=tiny.file):
+        copied = tmp_path / "record"
+        shutil.copytree(tiny.out, copied)
+        record = json.loads((copied / "result.json").read_text())
+        change(copied, record)
+        (copied / "result.json").write_text(json.dumps(record))
+        return verification.verify(copied, data_file=file)
+
+    return verify
+
+
+def failed(report):
+    return [line for line in report.lines if line.startswith("FAIL")]
+
+
+def test_round_trip_through_strict_json(tiny):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    text = (tiny.out / "result.json").read_text()
+    assert json.loads(text, parse_constant=refuse) == tiny.result
+    assert not list(tiny.out.glob("*.partial"))
+
+
+def test_every_item_is_there(tiny):
+    r, p, run = tiny.result, tiny.result["privacy"], tiny.run
+    assert 5 < p["epsilon_pld"] < p["epsilon_rdp"] <= 8  # PLD is tight, RDP an upper bound on it
+    assert p["epsilon_rdp"] > 7.9
+    assert (p["delta"], p["sampling_probability"], p["steps"], p["epsilon_target"]) == (1e-3, 0.5, 6, 8.0)
+    assert p["noise_multiplier"] == run.experiment.noise_multiplier > 0
+    assert (p["sampler"], p["epsilon_is"], p["calibrated_with"]) == ("poisson", "valid", "rdp")
+    assert p["neighbours"] == privacy.NEIGHBOURS and p["seed_published"] is False
+    assert (r["experiment"], r["preset"], r["augmult"], r["clip_norm"]) == ("bands/tiny", "smoke", 0, 1.0)
+    assert r["seed"] is None and r["stopped"] == ""
+    assert r["accuracy"] == {"raw": run.raw.accuracy, "ema": run.ema.accuracy}
+    assert r["loss"] == {"raw": run.raw.loss, "ema": run.ema.loss}
+    assert r["evaluated_on"] == "60 test images"
+    bands = shared_runs.bands()
+    assert r["data"] == {
+        "name": "bands", "training_examples": 96, "fingerprint": bands.fingerprint, "note": "made up",
+    }  # fmt: skip
+    assert (
+        set(results.PACKAGES) | {"python"} <= set(r["versions"])
+        and "not installed" not in r["versions"].values()
+    )
+    assert r["devices"].startswith("1 x ") and "CPU cores" in r["machine"]
+    assert 0 < r["seconds"] < 1000 and r["finished"][:2] == "20"
+    assert isinstance(r["git_revision"], str)
+    assert [point["step"] for point in r["curve"]] == [3, 6]
+    for point in r["curve"]:
+        assert {"epsilon", "train_loss", "raw_accuracy", "ema_accuracy", "clipped_fraction"} <= set(point)
+    assert sum(event["steps"] for event in r["ledger"]) == 6
+    assert r["hyper_parameters"]["learning_rate"] == 1.0 and r["hyper_parameters"]["steps"] == 6
+
+
+def test_the_run_learnt_something(tiny):
+    assert tiny.result["accuracy"]["ema"] > 60, "a third is chance; the checks of accuracy need more"
+
+
+def test_secret_seed_is_in_no_output(tiny):
+    """The file that resuming needs has it, readable by its owner only; records, ledger and weights do not."""
+    secret = tiny.out / "seed.secret"
+    assert secret.stat().st_mode & 0o077 == 0
+    seeds = [json.loads(secret.read_text())["seed"], *tiny.secrets]
+    assert len(seeds) == 2 and min(seeds) > 1000
+    texts = [text for seed in seeds for text in (str(seed), f"{seed:x}")]
+    others = [p for p in tiny.out.rglob("*") if p.is_file() and p != secret]
+    assert {"result.json", "ledger.jsonl", "ema.safetensors"} <= {p.name for p in others}
+    shown = [results.row(tiny.result).encode(), results.statement(tiny.result).encode()]
+    published = [
+        p.read_bytes() for p in others if "checkpoints" not in p.parts
+    ]  # those hold the key to resume
+    for content in shown + published:
+        assert not any(text.encode() in content for text in texts)
+
+
+def test_published_seed_is_in_the_record_and_said_aloud(tiny):
+    r = copy.deepcopy(tiny.result)
+    r["seed"], r["privacy"]["seed_published"] = 7, True
+    assert "seed 7" in results.row(r) and "seed is published" in results.statement(r)
+    assert "seed must stay secret" in results.statement(tiny.result)
+
+
+def test_statement_and_row_state_epsilon_with_its_terms(tiny):
+    for text in (results.statement(tiny.result), results.row(tiny.result)):
+        for term in ("PLD", "RDP", "sigma", "q ", "delta", "poisson", "valid", privacy.NEIGHBOURS):
+            assert term in text, term
+    assert "made up" in results.statement(tiny.result)
+    assert "ImageNet" in results.statement(tiny.result, pretrained="ImageNet")
+
+
+def test_shuffled_runs_are_nominal(tiny):
+    run = copy.copy(tiny.run)
+    events = [{**event, "sampler": "shuffle"} for event in run.events]
+    object.__setattr__(run, "experiment", run.experiment.replace(sampler="shuffle"))
+    object.__setattr__(run, "events", events)
+    r = results.record(run, shared_runs.bands())
+    assert r["privacy"]["epsilon_is"] == "nominal" and "nominal epsilon" in results.row(r)
+    assert "*nominal*" in results.statement(r)
+
+
+def test_infinite_epsilon_is_null(tiny):
+    run = copy.copy(tiny.run)
+    free = run.experiment.replace(epsilon=math.inf, noise_multiplier=0.0, clip_norm=math.inf)
+    object.__setattr__(run, "experiment", free)
+    object.__setattr__(run, "events", [{**event, "noise_multiplier": 0.0} for event in run.events])
+    r = results.record(run, shared_runs.bands())
+    json.dumps(r, allow_nan=False)
+    assert r["privacy"]["epsilon_pld"] is None and r["privacy"]["epsilon_target"] is None
+    assert "infinite" in results.row(r)
+
+
+def test_flatten_is_inverted(tiny):
+    flat = results.flatten(tiny.run.ema_params)
+    assert set(flat) == {"layer/kernel", "layer/bias"}
+    again = verification.unflatten(flat, tiny.run.ema_params)
+    np.testing.assert_array_equal(again["layer"]["kernel"], flat["layer/kernel"])
+    with pytest.raises(ValueError, match=r"layer/bias of shape \(3,\), got nothing"):
+        verification.unflatten({"layer/kernel": flat["layer/kernel"]}, tiny.run.ema_params)
+
+
+def test_an_honest_record_passes(verify):
+    report = verify()
+    assert report.ok and len(report.lines) == 4 and not failed(report)
+
+
+@pytest.mark.parametrize("accountant", ["pld", "rdp"])
+def test_tampered_epsilon(verify, accountant):
+    def change(directory, record):
+        record["privacy"][f"epsilon_{accountant}"] *= 0.99
+
+    report = verify(change)
+    assert not report.ok and [accountant.upper() in line for line in failed(report)] == [True]
+
+
+def test_tampered_ledger(verify):
+    def change(directory, record):
+        record["ledger"][0]["steps"] -= 1
+
+    report = verify(change)
+    assert not report.ok and len(failed(report)) == 2
+
+
+def test_tampered_weights(verify):
+    def change(directory, record):
+        weights = load_file(directory / "ema.safetensors")
+        weights["layer/kernel"] = -weights["layer/kernel"]
+        save_file(weights, directory / "ema.safetensors")
+
+    report = verify(change)
+    assert not report.ok and ["accuracy" in line for line in failed(report)] == [True]
+
+
+def test_tampered_accuracy(verify):
+    def change(directory, record):
+        record["accuracy"]["ema"] -= 10.0
+
+    report = verify(change)
+    assert not report.ok and ["accuracy" in line for line in failed(report)] == [True]
+
+
+def test_tampered_data(verify, tmp_path):
+    bands = shared_runs.bands()
+    images = bands.train.images.copy()
+    images[0, 0, 0, 0] ^= 1  # one pixel of one training image
+    data.save(data.Dataset("bands", data.Split(images, bands.train.labels), bands.test, bands.classes),
+              tmp_path / "other.npz")  # fmt: skip
+    report = verify(file=tmp_path / "other.npz")
+    assert not report.ok and ["data fingerprint" in line for line in failed(report)] == [True]
+
+
+def made(tiny, name, preset, accuracy, **more):
+    r = copy.deepcopy(tiny.result)
+    r.update(experiment=name, preset=preset, **more)
+    r["accuracy"]["ema"] = accuracy
+    return r
+
+
+CELL = "cifar10/wrn-40-4/eps8"
+
+
+def row(frame, preset):
+    rows = frame[(frame["experiment"] == CELL) & (frame["preset"] == preset)]
+    assert len(rows) == 1
+    return rows.iloc[0]
+
+
+def test_table_of_nothing_is_runnable():
+    frame = results.table("cifar10/*", [])
+    assert list(frame["experiment"]) == experiments.names("cifar10/*")
+    assert set(frame["status"]) == {"runnable"} and set(frame["ours"]) == {"-"}
+    flagged = frame["paper"].str.contains("unverified")
+    assert list(frame["experiment"][~flagged]) == [CELL]
+    assert row(frame, "paper")["paper"] == "81.4 +- 0.2"
+
+
+def test_table_mean_spread_and_difference(tiny):
+    full = [made(tiny, CELL, "paper", a, seconds=120.0) for a in (80.0, 81.0, 82.0)]
+    stopped = made(tiny, CELL, "paper", 1.0, stopped="killed")
+    frame = results.table("cifar10/*", [*full, stopped, made(tiny, CELL, "smoke", 40.0)])
+    paper, smoke = row(frame, "paper"), row(frame, "smoke")
+    assert (paper["ours"], paper["n"], paper["difference"]) == ("81.0 +- 1.0", 3, "-0.4")
+    assert (paper["minutes"], paper["status"]) == ("2.0", "reproduced")
+    assert (smoke["ours"], smoke["n"], smoke["difference"]) == ("40.0", 1, "-")  # another experiment
+    assert smoke["status"] == "run at smaller scale"
+    assert len(frame) == 13
+
+
+def test_table_marks_nominal_epsilons(tiny):
+    r = made(tiny, CELL, "paper", 80.0)
+    r["privacy"]["epsilon_is"] = "nominal"
+    assert "nominal" in row(results.table(CELL, [r]), "paper")["status"]
+
+
+def test_markdown(tiny):
+    lines = results.markdown(results.table(CELL, [made(tiny, CELL, "paper", 80.0)])).splitlines()
+    assert "| 80.0 | 1 | -1.4 |" in lines[2]  # a count is not 1.0
+    assert len(lines) == 3 and {line.count("|") for line in lines} == {11} and set(lines[1]) <= set("| -")
+
+
+def test_load_finds_records_oldest_first(tiny, tmp_path):
+    for name, finished in (("b/x", "2030-01-02"), ("a/y", "2030-01-03"), ("c", "2030-01-01")):
+        (tmp_path / name).mkdir(parents=True)
+        text = json.dumps(made(tiny, name, "smoke", 1.0, finished=finished))
+        (tmp_path / name / "result.json").write_text(text)
+    assert [r["experiment"] for r in results.load(tmp_path)] == ["c", "b/x", "a/y"]
+    assert results.load(tmp_path / "nothing here") == []
