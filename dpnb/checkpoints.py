@@ -8,8 +8,6 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-History = list[dict[str, Any]]
-
 
 class Checkpoints:
     """The checkpoints of one run in `directory/checkpoints`, the newest two of them.
@@ -23,21 +21,26 @@ class Checkpoints:
         self.manager = ocp.CheckpointManager((directory / "checkpoints").absolute(), options=options)
         self.fingerprint, self.directory = fingerprint, directory
 
-    def save(self, state: Any, history: History, events: list[dict]) -> None:
-        """Writes atomically: a run killed while writing resumes from the checkpoint before."""
+    def save(self, state: Any, notes: dict[str, Any]) -> None:
+        """Writes atomically: a run killed while writing resumes from the checkpoint before.
+
+        Args:
+          state: a `dpnb.update.State`; its key is not written.
+          notes: JSON values to find again beside it.
+        """
         # The key is derived from the seed, and whoever has it has the noise: it stays out.
         state = state._replace(key=jax.numpy.zeros_like(state.key))
-        extra = {"fingerprint": self.fingerprint, "history": history, "events": events}
+        extra = {"fingerprint": self.fingerprint, "notes": notes}
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(extra))
         step = int(state.step)
         if step not in self.manager.all_steps():
             self.manager.save(step, args=args)
 
-    def restore(self, like: Any) -> tuple[Any, History, list[dict]]:
-        """The newest state, on the devices as `like`, its history and ledger; else (like, [], [])."""
+    def restore(self, like: Any) -> tuple[Any, dict[str, Any]]:
+        """The newest state, on the devices as `like`, and its notes; else (like, {})."""
         step = self.manager.latest_step()
         if step is None:
-            return like, [], []
+            return like, {}
         extra = self.manager.restore(step, args=ocp.args.Composite(extra=ocp.args.JsonRestore())).extra
         if extra["fingerprint"] != self.fingerprint:
             raise ValueError(
@@ -47,7 +50,7 @@ class Checkpoints:
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         state = self.manager.restore(step, args=args).state
-        return state._replace(key=like.key), extra["history"], extra["events"]
+        return state._replace(key=like.key), extra["notes"]
 
     def close(self) -> None:
         self.manager.close()

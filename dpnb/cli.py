@@ -57,7 +57,9 @@ def list_(options) -> int:
         e = experiments.get(name)
         paper = "-" if e.paper_mean is None else f"{e.paper_mean} +- {e.paper_std} %"
         status = results.status(e, records)
-        print(f"{name:24} epsilon {e.epsilon:g}, delta {e.delta:g}  paper: {paper:14} {status:34} {e.paper_source}")
+        print(
+            f"{name:24} epsilon {e.epsilon:g}, delta {e.delta:g}  paper: {paper:14} {status:34} {e.paper_source}"
+        )
     return 0
 
 

@@ -11,12 +11,9 @@ import argparse
 import dataclasses
 import functools
 import hashlib
-import io
 import os
 import pathlib
-import tarfile
 import zipfile
-import zlib
 
 import numpy as np
 
@@ -213,7 +210,7 @@ def _load_digits() -> Dataset:
     return Dataset("digits", train, test, tuple(map(str, range(10))))
 
 
-def _tfds():
+def tfds_or_error():
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
@@ -223,20 +220,20 @@ def _tfds():
     return tfds
 
 
-def _command(name: str, data_dir) -> str:
+def command(name: str, data_dir) -> str:
     return f"python -m dpnb.data {name}" + (f" --data-dir {data_dir}" if data_dir is not None else "")
 
 
 def _load_tfds(name: str, data_dir) -> Dataset:
-    tfds = _tfds()
+    tfds = tfds_or_error()
     builder = tfds.builder(name, data_dir=None if data_dir is None else os.path.expanduser(data_dir))
     where = pathlib.Path(builder.data_path)
     if not where.exists():
-        raise DataError(f"{name} is not prepared in {where}; run: {_command(name, data_dir)}")
+        raise DataError(f"{name} is not prepared in {where}; run: {command(name, data_dir)}")
     if tfds.core.FileFormat.ARRAY_RECORD not in builder.info.available_file_formats():
         raise DataError(
             f"{where} holds {name} in a format that only TensorFlow reads; prepare it in another "
-            f"directory, as array_record: {_command(name, 'DIR')}"
+            f"directory, as array_record: {command(name, 'DIR')}"
         )
 
     def read(split: str) -> Split:
@@ -255,7 +252,7 @@ def _load_tfds(name: str, data_dir) -> Dataset:
     except Exception as error:  # TFDS, array_record and Pillow each have their own
         raise DataError(
             f"{where} is damaged ({type(error).__name__}: {error}); delete that directory, then run: "
-            f"{_command(name, data_dir)}"
+            f"{command(name, data_dir)}"
         ) from error
     classes = tuple(builder.info.features["label"].names)
     if name == "cifar10" and classes == tuple(map(str, range(10))):  # prepared without its names
@@ -272,124 +269,9 @@ def prepare(name: str, data_dir=None) -> pathlib.Path:
     Raises:
       DataError: TFDS missing, no network, or an archive that is damaged or not the known one.
     """
-    if name not in ("cifar10", "cifar100"):
-        raise DataError(f"only cifar10 and cifar100 are prepared, got {name!r}")
-    tfds = _tfds()
-    if data_dir is not None:
-        data_dir = os.path.abspath(os.path.expanduser(data_dir))
-    try:
-        builder = _builder(tfds, name)(data_dir=data_dir, file_format="array_record")
-        if not builder.data_path.exists():
-            _check_reachable(builder)
-        builder.download_and_prepare()
-    except ImportError as error:
-        raise DataError(f"preparing {name} needs another package ({error}); run: {INSTALL}") from error
-    return pathlib.Path(builder.data_path)
+    from dpnb import cifar
 
-
-def _builder(tfds, name: str) -> type:
-    """TFDS's CIFAR builder, except that it extracts and encodes images without TensorFlow."""
-
-    class WithoutTensorFlow(tfds.builder_cls(name), skip_registration=True):
-        # Else TFDS looks for its checksums beside this file, by way of importlib_resources, a
-        # package that it does not declare. With None it uses the checksums that it ships.
-        code_path = None
-
-        def _split_generators(self, dl_manager):
-            info = self._cifar_info
-            archive = _download(dl_manager, info, self.data_dir_root)
-            wanted = [info.prefix + f for f in (*info.label_files, *info.train_files, *info.test_files)]
-            found = _read_archive(archive, wanted)
-            for key, file in zip(info.label_keys, info.label_files, strict=True):
-                names = found[info.prefix + file].decode().split("\n")
-                self.info.features[key].names = [n for n in names if n]
-
-            def rows(prefix, files):
-                return _rows(prefix, {f: found[info.prefix + f] for f in files}, info.label_keys)
-
-            return {"train": rows("train", info.train_files), "test": rows("test", info.test_files)}
-
-    WithoutTensorFlow.name = name
-    return WithoutTensorFlow
-
-
-def _by_hand(info, root) -> str:
-    """What to do without a network."""
-    file = info.url.rsplit("/", 1)[-1]
-    return (
-        f"download {info.url} elsewhere, put it at {pathlib.Path(root) / 'downloads' / 'manual' / file} and "
-        f"run again: {_command(info.name, root)}; or pass `file` (an .npz exported elsewhere)"
-    )
-
-
-def _check_reachable(builder) -> None:
-    """Ask the server once: TFDS itself would retry for minutes before it gave up."""
-    import requests
-
-    info, root = builder._cifar_info, pathlib.Path(builder.data_dir_root)
-    stem = info.url.rsplit("/", 1)[-1].removesuffix(".tar.gz")
-    if any((root / "downloads").rglob(f"*{stem}*.tar.gz")):
-        return  # placed by hand, or downloaded before
-    try:
-        requests.head(info.url, timeout=20, allow_redirects=True)
-    except requests.RequestException as error:
-        raise DataError(
-            f"no network to {info.url} ({type(error).__name__}); {_by_hand(info, root)}"
-        ) from error
-
-
-def _download(dl_manager, info, root) -> pathlib.Path:
-    import requests
-    from tensorflow_datasets.core.download import download_manager, util
-
-    try:
-        return pathlib.Path(dl_manager.download(info.url))
-    except download_manager.NonMatchingChecksumError as error:
-        raise DataError(
-            f"the archive is incomplete or not the known one ({error}); delete it and run again"
-        ) from error
-    except (requests.RequestException, util.DownloadError) as error:
-        raise DataError(
-            f"the download failed ({type(error).__name__}: {error}); {_by_hand(info, root)}"
-        ) from error
-
-
-def _read_archive(path: pathlib.Path, wanted: list[str]) -> dict[str, bytes]:
-    """The wanted members of a .tar.gz, by name; nothing is extracted to disk."""
-    found = {}
-    try:
-        with tarfile.open(path, "r:gz") as tar:
-            for member in tar:  # one pass: going back would decompress from the start
-                name = member.name.removeprefix("./")
-                if name in wanted and member.isfile():
-                    found[name] = tar.extractfile(member).read()
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} is damaged ({error}); delete it and run again") from error
-    missing = [name for name in wanted if name not in found]
-    if missing:
-        raise DataError(f"{path} must hold {', '.join(missing)} and does not; delete it and run again")
-    return found
-
-
-def _rows(prefix: str, files: dict[str, bytes], label_keys: list[str]):
-    """TFDS's examples from CIFAR's binary records: labels, then 3x32x32 bytes, plane by plane."""
-    from PIL import Image
-
-    index, size = 0, len(label_keys) + 3072
-    for name, content in files.items():
-        if len(content) % size:
-            raise DataError(
-                f"{name} must be whole records of {size} bytes, got {len(content)} bytes; delete it"
-            )
-        for record in np.frombuffer(content, np.uint8).reshape(-1, size):
-            pixels = record[len(label_keys) :].reshape(3, 32, 32).transpose(1, 2, 0)
-            png = io.BytesIO()  # TFDS would need TensorFlow to encode an array
-            Image.fromarray(np.ascontiguousarray(pixels)).save(png, format="PNG")
-            png.seek(0)
-            labels = dict(zip(label_keys, map(int, record), strict=False))
-            # The index as the key gives TFDS's own order.
-            yield index, {"id": f"{prefix}_{index:05d}", "image": png, **labels}
-            index += 1
+    return cifar.prepare(name, data_dir)
 
 
 def main(arguments=None) -> None:
@@ -413,4 +295,6 @@ def main(arguments=None) -> None:
 
 
 if __name__ == "__main__":
+    from dpnb.data import main  # the module by its own name, so that there is one DataError
+
     main()

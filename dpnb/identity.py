@@ -1,6 +1,8 @@
-"""What a model and an optimizer compute, as a hash that is the same in every process."""
+"""What code, model and optimizer compute, as hashes that are the same in every process."""
 
+import functools
 import hashlib
+import pathlib
 import re
 
 import jax
@@ -10,6 +12,16 @@ import optax
 from flax import nnx
 
 from dpnb.models import functional
+
+
+@functools.cache
+def code() -> str:
+    """SHA-256 (hex) of dpnb's own source files: another version is another computation."""
+    digest = hashlib.sha256()
+    here = pathlib.Path(__file__).parent
+    for file in sorted(here.rglob("*.py")):
+        digest.update(str(file.relative_to(here)).encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def computation(

@@ -176,7 +176,7 @@ def table(pattern: str, results: list[dict[str, Any]]):
 
 
 def status(experiment: experiments.Experiment, results: list[dict[str, Any]]) -> str:
-    """"reproduced (n runs)" where records at preset "paper" exist, else "runnable" and what was run."""
+    """ "reproduced (n runs)" where records at preset "paper" exist, else "runnable" and what was run."""
     presets = [r["preset"] for r in results if r["experiment"] == experiment.name and not r["stopped"]]
     if "paper" in presets:
         return f"reproduced ({presets.count('paper')} runs)"

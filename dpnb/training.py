@@ -22,8 +22,9 @@ from dpnb.checkpoints import Checkpoints, run_seed
 from dpnb.data import Dataset
 from dpnb.evaluation import Evaluation, local, make_evaluate
 from dpnb.experiments.experiment import Experiment
-from dpnb.identity import computation
-from dpnb.ledger import BudgetExceeded, Ledger, derived_seed
+from dpnb.hosts import from_first
+from dpnb.identity import code, computation
+from dpnb.ledger import BudgetExceeded, Ledger, derived_seed, lineage
 from dpnb.models.checks import check_independent
 from dpnb.progress import Progress
 from dpnb.update import Seen, make_model, make_trainer, one_update
@@ -56,10 +57,13 @@ class Run:
 def calibrated(experiment: Experiment, n: int) -> Experiment:
     """Fills in the one field among (noise_multiplier, steps, epsilon) that is None.
 
+    Where all three are given they are kept, and the ledger ends the run when the budget is spent.
+
     Args:
+      experiment: what is to be trained.
       n: number of training examples; q = expected_batch_size / n.
     Raises:
-      ValueError: all three are given and the steps do not fit the budget; B > n.
+      ValueError: B > n, or nothing that fits the budget.
     """
     e, q = experiment, experiment.expected_batch_size / n
     if q > 1:
@@ -115,38 +119,55 @@ def train(
     """
     began, directory = time.monotonic(), pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    experiment = calibrated(experiment, len(data.train.labels))
+    experiment = calibrated(experiment, len(data.train))
     custom = computation(model, optimizer, data.train.images.shape[1:])
     fingerprint = experiment.fingerprint(data=data.fingerprint, custom=custom)
+    if jax.process_index() == 0:  # which may have to draw the seed
+        run_seed(directory, experiment.seed)
+    from_first(0)
     # Two runs that share a seed and nothing else must not share their noise.
     seed, label = run_seed(directory, experiment.seed)
     seed, fingerprint = derived_seed(seed, fingerprint), f"{fingerprint} {label}"
-    check_independent(model or make_model(experiment, len(data.classes), seed), noise_images(data))
+    model = make_model(experiment, len(data.classes), seed) if model is None else model
+    check_independent(model, noise_images(data))
+    check_outputs(model, data)
     trainer = make_trainer(experiment, data, seed=seed, model=model, optimizer=optimizer, devices=devices)
     hardware = (
         f"{trainer.mesh.devices.size} x {trainer.mesh.devices.flat[0].device_kind}, jax {jax.__version__}"
     )
     checkpoints = Checkpoints(directory, fingerprint)
-    state, history, paid = checkpoints.restore(trainer.state)
-    q = experiment.expected_batch_size / len(data.train.labels)
+    state, notes = checkpoints.restore(trainer.state)
+    history, line = notes.get("history", []), notes.get("lineage", "")
+    q = experiment.expected_batch_size / len(data.train)
     mechanism = privacy.Mechanism(experiment.noise_multiplier, q, experiment.sampler)
     budget = privacy.PrivacyBudget(experiment.epsilon, experiment.delta)
     journal = directory / "ledger.jsonl" if jax.process_index() == 0 else None
     allowed = {mechanism: allowed_steps} if allowed_steps else None
     evaluate, stopped, saved = make_evaluate(trainer.apply), "", time.monotonic()
+
+    def save():
+        notes = {"history": history, "events": ledger.events(), "lineage": line}
+        checkpoints.save(state, notes)
+
     with (
         Ledger(journal, budget, experiment.accountant, allowed_steps=allowed) as ledger,
         Progress(experiment.steps, int(state.step)) as progress,
     ):
         if journal:
-            ledger.check_includes(paid)  # a checkpoint whose ledger was deleted is not continued
+            ledger.check_includes(
+                notes.get("events", [])
+            )  # a checkpoint whose ledger was deleted is not continued
         spent = epsilon_spent(mechanism, experiment)
         try:
             for step in range(int(state.step), experiment.steps):
                 if step == stop_at_step:
                     stopped = f"stopped on purpose after {step} of {experiment.steps} updates"
                     break
-                ledger.charge(step, mechanism, f"{fingerprint} {hardware}")
+                # What led here and what is about to run: only the very same again is a free replay.
+                here = lineage(line, f"{fingerprint} {hardware} {code()}")
+                stopped = charge(ledger, step, mechanism, here)
+                if stopped:
+                    break
                 new, seen = one_update(trainer, state)
                 point = curve_point(step + 1, seen, spent(step + 1))
                 last = step + 1 == experiment.steps
@@ -156,15 +177,13 @@ def train(
                     point["raw_accuracy"] = evaluate(new.params, split).accuracy
                     point["ema_accuracy"] = evaluate(new.ema, split).accuracy
                 # Together, so that an interrupted run keeps both or neither.
-                state, history = new, [*history, point] if shown else history
-                if last or time.monotonic() - saved > checkpoint_every:
-                    checkpoints.save(state, history, ledger.events())
+                state, line, history = new, here, [*history, point] if shown else history
+                if last or from_first(int(time.monotonic() - saved > checkpoint_every)):
+                    save()
                     saved = time.monotonic()
                 progress.advance(point)
-        except BudgetExceeded as refusal:
-            stopped = str(refusal)
         finally:  # an interrupted run loses nothing that it paid for
-            checkpoints.save(state, history, ledger.events())
+            save()
             checkpoints.close()
         events = ledger.events()
     return Run(
@@ -180,6 +199,32 @@ def train(
         devices=hardware,
         stopped=stopped,
     )
+
+
+def charge(ledger: Ledger, step: int, mechanism: privacy.Mechanism, fingerprint: str) -> str:
+    """Pays for one update on every process, or says why not: the first process's ledger decides."""
+    refusal = ""
+    try:
+        ledger.charge(step, mechanism, fingerprint)
+    except BudgetExceeded as error:
+        refusal = str(error)
+    refused = from_first(int(bool(refusal)))
+    return (refusal or "the ledger of the first process refused the step") if refused else ""
+
+
+def check_outputs(model: nnx.Module, data: Dataset) -> None:
+    """One logit per class, before anything is spent.
+
+    Raises:
+      ValueError: the model's outputs are not [batch, classes].
+    """
+    got = nnx.eval_shape(lambda: model(noise_images(data))).shape
+    expected = (len(noise_images(data)), len(data.classes))
+    if got != expected:
+        raise ValueError(
+            f"the model must return one logit for each of {len(data.classes)} classes, {list(expected)}, "
+            f"got {list(got)}; set its number of classes"
+        )
 
 
 def curve_point(step: int, seen: Seen, epsilon: float) -> dict[str, Any]:

@@ -123,7 +123,8 @@ def make_trainer(
     Args:
       experiment: with `noise_multiplier` and `steps` known (see `dpnb.training.calibrated`).
       data: uint8 images; they are copied to every device.
-      seed: of sampling, augmentation, noise and initial parameters.
+      seed: of sampling, augmentation, noise and initial parameters. Releases of two experiments
+        must not share it (`train` derives one from the seed and the experiment).
       model: any NNX model of images [batch, h, w, c] -> logits (default: the experiment's).
       optimizer: any Optax transformation (default: SGD without momentum, as in the paper).
       devices: default all devices of all processes, as a one-dimensional mesh.
@@ -133,7 +134,7 @@ def make_trainer(
     n, devices = len(data.train.labels), devices or jax.devices()
     mesh = jax.sharding.Mesh(np.array(devices), ("data",))
     everywhere = NamedSharding(mesh, PartitionSpec())
-    params, apply = functional(model or make_model(experiment, len(data.classes), seed))
+    params, apply = functional(make_model(experiment, len(data.classes), seed) if model is None else model)
     optimizer = optimizer or optax.sgd(experiment.learning_rate)
     rescale = math.isfinite(experiment.clip_norm)
     physical = physical_batch_size or experiment.physical_batch_size or 2 * microbatch(experiment.augmult)

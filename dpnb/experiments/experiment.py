@@ -86,6 +86,8 @@ class Experiment:
         check(self.augmult >= 0, "augmult must be >= 0", self.augmult)
         check(self.clip_norm > 0, "clip_norm must be positive", self.clip_norm)
         check(0 <= self.ema_decay < 1, "ema_decay must be in [0, 1)", self.ema_decay)
+        rate = self.learning_rate
+        check(math.isfinite(rate) and rate >= 0, "learning_rate must be finite and >= 0", rate)
         check(self.sampler in SAMPLERS, f"sampler must be one of {SAMPLERS}", self.sampler)
         check(self.accountant in ACCOUNTANTS, f"accountant must be one of {ACCOUNTANTS}", self.accountant)
         check(
