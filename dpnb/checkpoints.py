@@ -74,3 +74,17 @@ def run_seed(directory: pathlib.Path, seed: int | None) -> tuple[int, str]:
         partial.replace(file)  # whole or not at all
     kept = json.loads(file.read_text())
     return kept["seed"], f"secret {kept['label']}"
+
+
+def salt(directory: pathlib.Path, computation: str) -> str:
+    """ "" for the hardware and code that began the run in `directory`, else what they are now.
+
+    A step repeated after a crash is the same to the bit only where it began; elsewhere it is
+    a new release, which is charged anew and needs noise of its own.
+    """
+    file = directory / "began_with"
+    if not file.exists():
+        partial = directory / "began_with.partial"
+        partial.write_text(computation)
+        partial.replace(file)
+    return "" if file.read_text() == computation else f" {computation}"

@@ -18,7 +18,7 @@ import optax
 from flax import nnx
 
 from dpnb import privacy
-from dpnb.checkpoints import Checkpoints, run_seed
+from dpnb.checkpoints import Checkpoints, run_seed, salt
 from dpnb.data import Dataset
 from dpnb.evaluation import Evaluation, local, make_evaluate
 from dpnb.experiments.experiment import Experiment
@@ -122,19 +122,21 @@ def train(
     experiment = calibrated(experiment, len(data.train))
     custom = computation(model, optimizer, data.train.images.shape[1:])
     fingerprint = experiment.fingerprint(data=data.fingerprint, custom=custom)
-    if jax.process_index() == 0:  # which may have to draw the seed
+    used = jax.devices() if devices is None else devices
+    hardware = f"{len(used)} x {used[0].device_kind}, jax {jax.__version__}"
+    if jax.process_index() == 0:  # which may have to write what the others read
         run_seed(directory, experiment.seed)
+        salt(directory, f"{hardware} {code()}")
     from_first(0)
-    # Two runs that share a seed and nothing else must not share their noise.
     seed, label = run_seed(directory, experiment.seed)
-    seed, fingerprint = derived_seed(seed, fingerprint), f"{fingerprint} {label}"
+    # Two releases must not share their noise, unless they are the same to the bit: not two
+    # experiments of one seed, nor one step repeated by other code or on other hardware.
+    seed = derived_seed(seed, fingerprint + salt(directory, f"{hardware} {code()}"))
+    fingerprint = f"{fingerprint} {label}"
     model = make_model(experiment, len(data.classes), seed) if model is None else model
     check_independent(model, noise_images(data))
     check_outputs(model, data)
     trainer = make_trainer(experiment, data, seed=seed, model=model, optimizer=optimizer, devices=devices)
-    hardware = (
-        f"{trainer.mesh.devices.size} x {trainer.mesh.devices.flat[0].device_kind}, jax {jax.__version__}"
-    )
     checkpoints = Checkpoints(directory, fingerprint)
     state, notes = checkpoints.restore(trainer.state)
     history, line = notes.get("history", []), notes.get("lineage", "")
