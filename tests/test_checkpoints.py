@@ -214,7 +214,9 @@ def test_a_secret_seed_stays_secret(tmp_path):
             assert str(secret).encode() not in other.read_bytes(), other
     # the checkpoint does not hold the key either
     manager = checkpoints.ocp.CheckpointManager((tmp_path / "checkpoints").absolute())
-    state = manager.restore(2, args=checkpoints.ocp.args.Composite(state=checkpoints.ocp.args.StandardRestore())).state
+    state = manager.restore(
+        2, args=checkpoints.ocp.args.Composite(state=checkpoints.ocp.args.StandardRestore())
+    ).state
     manager.close()
     assert (np.asarray(state["key"] if isinstance(state, dict) else state.key) == 0).all()
     assert train(tmp_path, experiment=experiment).events[0]["steps"] == 3
@@ -250,7 +252,9 @@ def test_identity_of_a_model_is_what_it_computes():
             return self.scale * self.layer(x)
 
     shape = (8, 8, 3)
-    assert computation(tiny.Linear(), optax.sgd(0.1), shape) == computation(tiny.Linear(), optax.sgd(0.1), shape)
+    assert computation(tiny.Linear(), optax.sgd(0.1), shape) == computation(
+        tiny.Linear(), optax.sgd(0.1), shape
+    )
     models = [tiny.Linear(), tiny.Linear(1), Scaled(2.0), Scaled(3.0), None]
     optimizers = [None, optax.sgd(0.1), optax.sgd(0.2), optax.adam(0.1)]
     every = {computation(m, o, shape) for m in models for o in optimizers}

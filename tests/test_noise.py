@@ -60,7 +60,12 @@ def empty_updates(request):
     """Changes of the parameters in forty updates on empty batches, in units of the noise."""
     e = tiny.experiment(augmult=0, noise_multiplier=3.0, learning_rate=0.5, clip_norm=0.1)
     trainer = make_trainer(
-        e, tiny.data(), seed=11, model=tiny.Linear(), devices=jax.devices()[: request.param], physical_batch_size=2
+        e,
+        tiny.data(),
+        seed=11,
+        model=tiny.Linear(),
+        devices=jax.devices()[: request.param],
+        physical_batch_size=2,
     )
     state, changes = trainer.state, []
     for _ in range(40):

@@ -16,8 +16,12 @@ def test_result_table_comes_from_the_records():
 
 def test_files_that_the_readme_names_exist():
     text = (ROOT / "README.md").read_text()
-    named = [word for word in text.replace("`", " ").replace("(", " ").replace(")", " ").split() if "/" in word]
-    files = [w.strip(",.;:") for w in named if w.startswith(("dpnb/", "notebooks/", "benchmarks/", "results/"))]
+    named = [
+        word for word in text.replace("`", " ").replace("(", " ").replace(")", " ").split() if "/" in word
+    ]
+    files = [
+        w.strip(",.;:") for w in named if w.startswith(("dpnb/", "notebooks/", "benchmarks/", "results/"))
+    ]
     assert len(files) > 8
     missing = [f for f in files if not (ROOT / f).exists()]
     assert not missing

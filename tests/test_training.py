@@ -135,7 +135,9 @@ def test_predicting_the_cost_spends_nothing(tmp_path, monkeypatch):
     e = tiny.experiment(augmult=0, depth=10, width=1, epsilon=8.0)
     monkeypatch.setattr("dpnb.update.make_model", lambda *_: tiny.Linear())
     masks = []
-    monkeypatch.setattr(cost, "inputs", lambda *a, _real=cost.inputs: masks.append(np.asarray(a[4])) or _real(*a))
+    monkeypatch.setattr(
+        cost, "inputs", lambda *a, _real=cost.inputs: masks.append(np.asarray(a[4])) or _real(*a)
+    )
     predicted = cost.predict(e, tiny.data(), repeats=1)
     assert masks and not np.concatenate(masks).any()
     assert list(tmp_path.iterdir()) == []

@@ -134,7 +134,9 @@ def test_without_noise_and_clipping_it_is_plain_sgd():
     def batch_gradient(params, images, labels):
         def loss(params):
             logits = apply(params, images.reshape(-1, 8, 8, 3))
-            return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.repeat(labels, 2)).sum() / 2 / 16
+            return (
+                optax.softmax_cross_entropy_with_integer_labels(logits, jnp.repeat(labels, 2)).sum() / 2 / 16
+            )
 
         return jax.grad(loss)(params)
 
