@@ -13,6 +13,8 @@ import nbformat
 import pytest
 import shared_runs
 
+pytestmark = pytest.mark.xdist_group("demo")  # one execution of the notebook serves both files
+
 NOTEBOOK = nbformat.read(shared_runs.NOTEBOOK, 4)
 CODE = [cell for cell in NOTEBOOK.cells if cell.cell_type == "code"]
 # Cells whose printed output is the same on every machine, by how they start.
