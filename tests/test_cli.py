@@ -9,9 +9,9 @@ import nbformat
 import pytest
 import shared_runs
 
-pytestmark = pytest.mark.xdist_group("demo")  # one execution of the notebook serves both files
-
 from dpnb import cli, experiments, privacy, verification
+
+pytestmark = pytest.mark.xdist_group("demo")  # one execution of the notebook serves both files
 
 
 @pytest.fixture
