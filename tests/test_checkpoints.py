@@ -177,11 +177,11 @@ def test_a_replay_on_other_devices_is_paid_for(stopped):
 
 
 def test_a_checkpoint_can_go_on_on_other_devices(stopped, whole):
-    """Nothing is replayed then; the end is the same up to rounding."""
+    """Nothing is replayed then, and the noise is fresh: a repeated step would be another release."""
     run = train(stopped, devices=jax.devices()[:2])
     assert run.events == whole.events and run.steps == 6 and not run.stopped
     for a, b in zip(arrays(run), arrays(whole), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+        assert np.isfinite(a).all() and not np.allclose(a, b, rtol=0, atol=1e-5)
 
 
 def test_another_run_in_the_same_directory_is_refused(tmp_path):
