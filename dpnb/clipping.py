@@ -149,10 +149,10 @@ def clipped_grad(
       ValueError: `clip_norm` is not positive, or infinite together with rescaling.
 
     >>> import jax.numpy as jnp
-    >>> grad = clipped_grad(lambda w, x: w @ x, clip_norm=1.0)
-    >>> total, info = grad(jnp.zeros(2), jnp.array([[3.0, 4.0], [0.3, 0.4]]))
-    >>> print(total.round(2), info.norms, grad.sensitivity)
-    [0.9 1.2] [5.  0.5] 1.0
+    >>> grad = clipped_grad(lambda w, x: w @ x, clip_norm=5.0)
+    >>> total, info = grad(jnp.zeros(2), jnp.array([[3.0, 4.0], [6.0, 8.0]]))
+    >>> print(total, info.norms, grad.sensitivity)
+    [6. 8.] [ 5. 10.] 5.0
     """
     if not clip_norm > 0:
         raise ValueError(f"clip_norm must be positive, got {clip_norm}")

@@ -29,7 +29,6 @@ def environment() -> dict[str, str]:
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "",
         "JAX_COMPILATION_CACHE_DIR": str(temporary("compiled")),
-        "MPLBACKEND": "agg",
         "PYTHONPATH": str(ROOT),
         "PYTHONWARNINGS": "ignore",
     }

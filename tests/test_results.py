@@ -146,7 +146,7 @@ def test_flatten_is_inverted(tiny):
 
 def test_an_honest_record_passes(verify):
     report = verify()
-    assert report.ok and len(report.lines) == 4 and not failed(report)
+    assert report.ok and len(report.lines) == 5 and not failed(report)
 
 
 @pytest.mark.parametrize("accountant", ["pld", "rdp"])
@@ -163,7 +163,7 @@ def test_tampered_ledger(verify):
         record["ledger"][0]["steps"] -= 1
 
     report = verify(change)
-    assert not report.ok and len(failed(report)) == 2
+    assert not report.ok and len(failed(report)) == 3
 
 
 def test_tampered_weights(verify):
