@@ -1,7 +1,7 @@
 """Time and memory of the clipped gradient, as ratios to the non-private gradient of the same views.
 
-    python benchmarks/clipped_gradient.py                 # ours, about five minutes on two cores
-    python benchmarks/clipped_gradient.py --peers         # and what else is installed
+    python benchmarks/clipped_gradient.py                 # ours, about three minutes on two cores
+    python benchmarks/clipped_gradient.py --peers         # and what else is installed, a quarter of an hour
     python benchmarks/clipped_gradient.py --depth 10 --width 1 --rounds 2    # a quick look
 
 WRN-16-4 in float32, 64 views of 32x32x3: K = 16 views of 4 examples, 4 of 16, 1 of 64.

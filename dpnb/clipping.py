@@ -59,12 +59,16 @@ class ClippedGrad:
           (pytree like `params`, float32 (or float64 where `params` are): the sum;
           `NonPrivate`).
         Raises:
-          ValueError: `microbatch_size` does not divide the number of examples.
+          ValueError: `microbatch_size` does not divide the number of examples, or arrays of
+            `examples` and `mask` disagree on that number.
         """
         size = jax.tree.leaves(examples)[0].shape[0]
         mask = jnp.ones(size, bool) if mask is None else mask
         if total is None:
             total = jax.tree.map(lambda p: jnp.zeros(p.shape, _accumulator(p)), params)
+        lengths = {x.shape[:1] for x in jax.tree.leaves((examples, mask))}
+        if lengths != {(size,)}:
+            raise ValueError(f"examples and mask must share their first axis, got lengths {sorted(lengths)}")
         micro = min(self.microbatch_size or size, size)
         if size % micro:
             raise ValueError(
@@ -146,7 +150,8 @@ def clipped_grad(
       A function `(params, examples, mask=None, total=None) -> (sum, NonPrivate)` that can be
       jitted; its `.sensitivity` is the l2 sensitivity of the sum.
     Raises:
-      ValueError: `clip_norm` is not positive, or infinite together with rescaling.
+      ValueError: `clip_norm` is not positive, or infinite together with rescaling;
+        `microbatch_size` below 1.
 
     >>> import jax.numpy as jnp
     >>> grad = clipped_grad(lambda w, x: w @ x, clip_norm=5.0)
@@ -158,4 +163,8 @@ def clipped_grad(
         raise ValueError(f"clip_norm must be positive, got {clip_norm}")
     if rescale_to_unit_norm and math.isinf(clip_norm):
         raise ValueError("rescale_to_unit_norm needs a finite clip_norm, got inf; turn one of them off")
+    if microbatch_size is not None and microbatch_size < 1:
+        raise ValueError(
+            f"microbatch_size must be at least 1, or None for all at once, got {microbatch_size}"
+        )
     return ClippedGrad(loss, float(clip_norm), rescale_to_unit_norm, has_aux, microbatch_size)

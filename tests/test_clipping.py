@@ -394,3 +394,18 @@ def test_rescaling_needs_a_clip_norm():
 def test_microbatches_must_divide_the_batch():
     with pytest.raises(ValueError, match="must divide the number of examples, got 2 and 3; pad"):
         clipped_grad(jnp.dot, 1.0, microbatch_size=2)(jnp.ones(2), jnp.ones((3, 2)))
+
+
+def test_arrays_of_different_length_are_refused():
+    """Slicing into microbatches would otherwise drop the surplus without a word."""
+    grad = clipped_grad(lambda w, e: w @ e[0] * e[1], 1.0)
+    w, x = jnp.zeros(3), jnp.ones((4, 3))
+    for y, mask in ((jnp.ones(5), None), (jnp.ones(4), jnp.ones(6, bool))):
+        with pytest.raises(ValueError, match="must share their first axis"):
+            grad(w, (x, y), mask)
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_microbatches_have_at_least_one_example(size):
+    with pytest.raises(ValueError, match="microbatch_size must be at least 1"):
+        clipped_grad(lambda w, e: w @ e, 1.0, microbatch_size=size)
