@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from dpnb.files import write_whole
+
 
 class Checkpoints:
     """The checkpoints of one run in `directory/checkpoints`, the newest two of them.
@@ -67,11 +69,7 @@ def run_seed(directory: pathlib.Path, seed: int | None) -> tuple[int, str]:
     file = directory / "seed.secret"
     if not file.exists():
         drawn = {"seed": secrets.randbits(63), "label": secrets.token_hex(8)}
-        partial = directory / "seed.secret.partial"
-        partial.unlink(missing_ok=True)
-        partial.touch(mode=0o600)
-        partial.write_text(json.dumps(drawn))
-        partial.replace(file)  # whole or not at all
+        write_whole(file, json.dumps(drawn), mode=0o600)
     kept = json.loads(file.read_text())
     return kept["seed"], f"secret {kept['label']}"
 
@@ -84,7 +82,5 @@ def salt(directory: pathlib.Path, computation: str) -> str:
     """
     file = directory / "began_with"
     if not file.exists():
-        partial = directory / "began_with.partial"
-        partial.write_text(computation)
-        partial.replace(file)
+        write_whole(file, computation)
     return "" if file.read_text() == computation else f" {computation}"

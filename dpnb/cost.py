@@ -88,8 +88,7 @@ def memory_of(compiled) -> int:
 def physical_batch_size(experiment: Experiment, data: Dataset) -> int:
     """Examples per device and call: the experiment's choice, else what fits and is fast.
 
-    CPU: two microbatches of about eight views (benchmarks/clipped_gradient.py), if half the
-    free memory holds them.  Accelerators: the largest power of two, up to 4096 views, whose
+    CPU: two microbatches of about eight views (benchmarks/clipped_gradient.py).  Accelerators: the largest power of two, up to 4096 views, whose
     footprint fits 60 % of the free memory; the footprint is XLA's at two small sizes,
     continued as a straight line.
     """

@@ -17,6 +17,7 @@ from typing import Any
 NEIGHBOURS = "add or remove one training example"
 PLD_INTERVAL = 1e-4  # discretisation of the privacy loss, as the paper's code has it since v0.2
 ACCOUNTANTS = ("pld", "rdp")
+SAMPLERS = ("poisson", "shuffle")
 MOST_STEPS = 10_000_000  # where a search for the number of steps ends
 
 
@@ -72,13 +73,18 @@ class Mechanism:
                 f"sampling_probability must be in (0, 1], got {self.sampling_probability}; "
                 "it is the expected batch size over the number of training examples"
             )
-        if self.sampler not in ("poisson", "shuffle"):
+        if self.sampler not in SAMPLERS:
             raise ValueError(f'sampler must be "poisson" or "shuffle", got {self.sampler!r}')
 
     @property
     def valid(self) -> bool:
         """Whether what runs is what is accounted. False: every epsilon is nominal."""
         return self.sampler == "poisson"
+
+    @property
+    def claim(self) -> str:
+        """ "valid" or "nominal", as records say it."""
+        return "valid" if self.valid else "nominal"
 
     def event(self, steps: int = 1):
         """The dp_accounting DpEvent of `steps` updates."""

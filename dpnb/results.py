@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from dpnb import experiments, ledger, privacy
 from dpnb.data import Dataset
+from dpnb.files import write_whole
 from dpnb.training import Run
 
 PACKAGES = ("dpnb", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "dp-accounting", "numpy")
@@ -28,7 +29,7 @@ def record(run: Run, data: Dataset) -> dict[str, Any]:
     None where the accountant is not installed (recompute later) and for infinity. A
     secret seed (`seed=None`) is not in it.
     """
-    e, q = run.experiment, run.experiment.expected_batch_size / len(data.train)
+    e, mechanism = run.experiment, run.experiment.mechanism(len(data.train))
     return {
         "experiment": e.name,
         "preset": e.preset,
@@ -37,10 +38,10 @@ def record(run: Run, data: Dataset) -> dict[str, Any]:
             "epsilon_pld": recompute_epsilon(run.events, e.delta, "pld"),
             "epsilon_rdp": recompute_epsilon(run.events, e.delta, "rdp"),
             "epsilon_target": _finite(e.epsilon),
-            "epsilon_is": "valid" if e.sampler == "poisson" else "nominal",
+            "epsilon_is": mechanism.claim,
             "delta": e.delta,
             "noise_multiplier": e.noise_multiplier,
-            "sampling_probability": q,
+            "sampling_probability": mechanism.sampling_probability,
             "steps": run.steps,
             "sampler": e.sampler,
             "neighbours": privacy.NEIGHBOURS,
@@ -78,9 +79,7 @@ def save(run: Run, data: Dataset, directory: str | pathlib.Path) -> dict[str, An
     directory.mkdir(parents=True, exist_ok=True)
     save_file(flatten(run.ema_params), directory / "ema.safetensors")
     made = record(run, data)
-    partial = directory / "result.json.partial"
-    partial.write_text(json.dumps(made, indent=1, allow_nan=False) + "\n")
-    partial.replace(directory / "result.json")
+    write_whole(directory / "result.json", json.dumps(made, indent=1, allow_nan=False) + "\n")
     return made
 
 

@@ -72,8 +72,9 @@ def calibrated(experiment: Experiment, n: int) -> Experiment:
             f"got {e.expected_batch_size}; set a smaller one"
         )
     if e.epsilon is None:
-        mechanism = privacy.Mechanism(e.noise_multiplier, q, e.sampler)
-        return e.replace(epsilon=privacy.epsilon(mechanism, e.steps, delta=e.delta, accountant=e.accountant))
+        return e.replace(
+            epsilon=privacy.epsilon(e.mechanism(n), e.steps, delta=e.delta, accountant=e.accountant)
+        )
     budget = privacy.PrivacyBudget(e.epsilon, e.delta)
     if e.steps is None:
         return e.replace(steps=privacy.calibrate_steps(budget, q, e.noise_multiplier, e.accountant))
@@ -124,14 +125,15 @@ def train(
     fingerprint = experiment.fingerprint(data=data.fingerprint, custom=custom)
     used = jax.devices() if devices is None else devices
     hardware = f"{len(used)} x {used[0].device_kind}, jax {jax.__version__}"
+    computer = f"{hardware} {code()}"
     if jax.process_index() == 0:  # which may have to write what the others read
         run_seed(directory, experiment.seed)
-        salt(directory, f"{hardware} {code()}")
+        salt(directory, computer)
     from_first(0)
     seed, label = run_seed(directory, experiment.seed)
     # Two releases must not share their noise, unless they are the same to the bit: not two
     # experiments of one seed, nor one step repeated by other code or on other hardware.
-    seed = derived_seed(seed, fingerprint + salt(directory, f"{hardware} {code()}"))
+    seed = derived_seed(seed, fingerprint + salt(directory, computer))
     fingerprint = f"{fingerprint} {label}"
     model = make_model(experiment, len(data.classes), seed) if model is None else model
     check_independent(model, noise_images(data))
@@ -140,8 +142,7 @@ def train(
     checkpoints = Checkpoints(directory, fingerprint)
     state, notes = checkpoints.restore(trainer.state)
     history, line = notes.get("history", []), notes.get("lineage", "")
-    q = experiment.expected_batch_size / len(data.train)
-    mechanism = privacy.Mechanism(experiment.noise_multiplier, q, experiment.sampler)
+    mechanism = experiment.mechanism(len(data.train))
     budget = privacy.PrivacyBudget(experiment.epsilon, experiment.delta)
     journal = directory / "ledger.jsonl" if jax.process_index() == 0 else None
     allowed = {mechanism: allowed_steps} if allowed_steps else None
@@ -156,9 +157,8 @@ def train(
         Progress(experiment.steps, int(state.step)) as progress,
     ):
         if journal:
-            ledger.check_includes(
-                notes.get("events", [])
-            )  # a checkpoint whose ledger was deleted is not continued
+            # A checkpoint whose ledger was deleted is not continued.
+            ledger.check_includes(notes.get("events", []))
         spent = epsilon_spent(mechanism, experiment)
         try:
             for step in range(int(state.step), experiment.steps):
@@ -166,7 +166,7 @@ def train(
                     stopped = f"stopped on purpose after {step} of {experiment.steps} updates"
                     break
                 # What led here and what is about to run: only the very same again is a free replay.
-                here = lineage(line, f"{fingerprint} {hardware} {code()}")
+                here = lineage(line, f"{fingerprint} {computer}")
                 stopped = charge(ledger, step, mechanism, here)
                 if stopped:
                     break

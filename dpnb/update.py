@@ -161,9 +161,9 @@ def make_trainer(
         mesh=mesh,
         state=jax.tree.map(put, state),
         images=put(data.train.images),
-        labels=put(data.train.labels.astype(np.int32)),
+        labels=put(data.train.labels),
         physical_batch_size=physical * len(devices),
-        zero=make_zero(jax.tree.map(np.asarray, params), mesh),
+        zero=make_zero(jax.eval_shape(lambda: params), mesh),
         accumulate=make_accumulate(grad, experiment.augmult, mesh),
         update=make_update(experiment, grad.sensitivity, optimizer, mesh),
     )

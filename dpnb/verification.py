@@ -42,9 +42,8 @@ def verify(directory: str | pathlib.Path, *, data_dir=None, data_file=None) -> R
         checks.append((agree, f"epsilon ({accountant.upper()}) {said}, from the ledger {found}"))
     p, charged = r["privacy"], privacy.counts_from_json(r["ledger"])
     stated = privacy.Mechanism(p["noise_multiplier"], p["sampling_probability"], p["sampler"])
-    valid = "valid" if stated.valid else "nominal"
     # A step that was charged twice is in the ledger twice.
-    agree = set(charged) == {stated} and charged[stated] >= p["steps"] and p["epsilon_is"] == valid
+    agree = set(charged) == {stated} and charged[stated] >= p["steps"] and p["epsilon_is"] == stated.claim
     checks.append((agree, f"{p['steps']} steps of {stated}, {p['epsilon_is']}; the ledger has {charged}"))
     hyper = {k: v for k, v in r["hyper_parameters"].items() if v is not None}
     experiment = Experiment(**{**hyper, "epsilon": hyper.get("epsilon", float("inf"))})

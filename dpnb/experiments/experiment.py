@@ -5,8 +5,7 @@ import hashlib
 import json
 import math
 
-SAMPLERS = ("poisson", "shuffle")
-ACCOUNTANTS = ("pld", "rdp")
+from dpnb.privacy import ACCOUNTANTS, SAMPLERS, Mechanism
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +98,10 @@ class Experiment:
     def replace(self, **changes) -> "Experiment":
         """A copy with some fields changed; an unknown name raises TypeError."""
         return dataclasses.replace(self, **changes)
+
+    def mechanism(self, n: int) -> Mechanism:
+        """What one update does to privacy, with `n` training examples (noise_multiplier known)."""
+        return Mechanism(self.noise_multiplier, self.expected_batch_size / n, self.sampler)
 
     def fingerprint(self, **more) -> str:
         """SHA-256 of everything here (and `more`) that determines the released parameters."""

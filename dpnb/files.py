@@ -1,0 +1,18 @@
+"""Small files that are whole or not there."""
+
+import pathlib
+
+
+def write_whole(path: pathlib.Path, text: str, mode: int = 0o666) -> None:
+    """Writes `text` beside `path` and renames: dying in between leaves what was there before.
+
+    Args:
+      path: the file; its directory exists.
+      text: its content.
+      mode: permissions of the file from its creation on (less the umask).
+    """
+    partial = path.with_name(path.name + ".partial")
+    partial.unlink(missing_ok=True)
+    partial.touch(mode=mode)
+    partial.write_text(text)
+    partial.replace(path)
