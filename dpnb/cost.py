@@ -9,7 +9,7 @@ import numpy as np
 
 from dpnb.data import Dataset
 from dpnb.experiments.experiment import Experiment
-from dpnb.update import inputs, make_trainer, microbatch, step_keys
+from dpnb.update import Trainer, call_size, inputs, make_trainer, step_keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +43,9 @@ def predict(experiment: Experiment, data: Dataset, repeats: int = 3) -> Cost:
       data: as for training.
       repeats: timed calls after the compilation.
     """
-    size = physical_batch_size(experiment, data)
-    trainer = make_trainer(experiment, data, seed=0, physical_batch_size=size)
-    state = trainer.state
-    args = _masked_batch(trainer)
+    trainer = make_trainer(experiment, data, seed=0)
+    size, state = physical_batch_size(trainer), trainer.state
+    args = _masked_batch(trainer, size)
     compiled = trainer.accumulate.lower(*args).compile()
 
     def timed(call):
@@ -60,7 +59,7 @@ def predict(experiment: Experiment, data: Dataset, repeats: int = 3) -> Cost:
         batch_seconds.append(seconds)
     trainer.update(state, trainer.zero())
     update_seconds, _ = timed(lambda: trainer.update(state, trainer.zero()))
-    batches = -(-experiment.expected_batch_size // trainer.physical_batch_size)
+    batches = -(-experiment.expected_batch_size // (size * trainer.mesh.devices.size))
     per_update = batches * min(batch_seconds[1:]) + update_seconds
     views = experiment.steps * experiment.expected_batch_size * max(experiment.augmult, 1)
     memory = memory_of(compiled)
@@ -85,34 +84,31 @@ def memory_of(compiled) -> int:
     return parts - m.alias_size_in_bytes
 
 
-def physical_batch_size(experiment: Experiment, data: Dataset) -> int:
+def physical_batch_size(trainer: Trainer) -> int:
     """Examples per device and call: the experiment's choice, else what fits and is fast.
 
-    CPU: two microbatches of about eight views (benchmarks/clipped_gradient.py).  Accelerators: the largest power of two, up to 4096 views, whose
-    footprint fits 60 % of the free memory; the footprint is XLA's at two small sizes,
-    continued as a straight line.
+    CPU: `call_size` (benchmarks/clipped_gradient.py).  Accelerators: the largest power of two,
+    up to 4096 views, whose footprint fits 60 % of the free memory; the footprint is XLA's at
+    two small sizes, continued as a straight line.
     """
-    if experiment.physical_batch_size:
-        return experiment.physical_batch_size
-    device, start = jax.devices()[0], 2 * microbatch(experiment.augmult)
-    if device.platform == "cpu":
-        return start
+    experiment, device = trainer.experiment, jax.devices()[0]
+    if experiment.physical_batch_size or device.platform == "cpu":
+        return call_size(experiment)
     limit = 0.6 * free_memory(device)
-    small, double = (_footprint(experiment, data, n) for n in (2, 4))
+    small, double = (_footprint(trainer, n) for n in (2, 4))
     slope = max((double - small) / 2, 1)
-    size = start
+    size = 2
     while 2 * size * max(experiment.augmult, 1) <= 4096 and small + slope * (2 * size - 2) <= limit:
         size *= 2
     return size
 
 
-def _footprint(experiment: Experiment, data: Dataset, size: int) -> int:
-    trainer = make_trainer(experiment, data, seed=0, physical_batch_size=size)
-    return memory_of(trainer.accumulate.lower(*_masked_batch(trainer)).compile())
+def _footprint(trainer: Trainer, size: int) -> int:
+    return memory_of(trainer.accumulate.lower(*_masked_batch(trainer, size)).compile())
 
 
-def _masked_batch(trainer) -> tuple:
-    n = trainer.physical_batch_size
+def _masked_batch(trainer: Trainer, size: int) -> tuple:
+    n = size * trainer.mesh.devices.size
     key, _ = step_keys(trainer.state.key, trainer.state.step)
     return inputs(trainer, trainer.state, trainer.zero(), np.zeros(n, np.int32), np.zeros(n, bool), key)
 

@@ -27,7 +27,7 @@ from dpnb.identity import code, computation
 from dpnb.ledger import BudgetExceeded, Ledger, derived_seed, lineage
 from dpnb.models.checks import check_independent
 from dpnb.progress import Progress
-from dpnb.update import Seen, make_model, make_trainer, one_update
+from dpnb.update import Seen, call_size, make_model, make_trainer, one_update
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +125,7 @@ def train(
     fingerprint = experiment.fingerprint(data=data.fingerprint, custom=custom)
     used = jax.devices() if devices is None else devices
     hardware = f"{len(used)} x {used[0].device_kind}, jax {jax.__version__}"
-    computer = f"{hardware} {code()}"
+    computer = f"{hardware}, {call_size(experiment)} examples a call, {code()}"
     if jax.process_index() == 0:  # which may have to write what the others read
         run_seed(directory, experiment.seed)
         salt(directory, computer)

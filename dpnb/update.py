@@ -128,8 +128,7 @@ def make_trainer(
       model: any NNX model of images [batch, h, w, c] -> logits (default: the experiment's).
       optimizer: any Optax transformation (default: SGD without momentum, as in the paper).
       devices: default all devices of all processes, as a one-dimensional mesh.
-      physical_batch_size: examples per device and call; default `experiment`'s, else two
-        microbatches of eight views.
+      physical_batch_size: examples per device and call; default `call_size(experiment)`.
     """
     n, devices = len(data.train.labels), devices or jax.devices()
     mesh = jax.sharding.Mesh(np.array(devices), ("data",))
@@ -137,14 +136,15 @@ def make_trainer(
     params, apply = functional(make_model(experiment, len(data.classes), seed) if model is None else model)
     optimizer = optimizer or optax.sgd(experiment.learning_rate)
     rescale = math.isfinite(experiment.clip_norm)
-    physical = physical_batch_size or experiment.physical_batch_size or 2 * microbatch(experiment.augmult)
-    half = physical // 2 if physical % 2 == 0 and devices[0].platform == "cpu" else None
+    physical = physical_batch_size or call_size(experiment)
+    micro = microbatch(experiment.augmult)
+    split = devices[0].platform == "cpu" and physical % micro == 0
     grad = clipped_grad(
         make_loss(apply),
         experiment.clip_norm,
         rescale_to_unit_norm=rescale,
         has_aux=True,
-        microbatch_size=half,
+        microbatch_size=micro if split else None,
     )
     if experiment.sampler == "poisson":
         sampler = sampling.Poisson(n, experiment.expected_batch_size / n, seed)
@@ -172,6 +172,11 @@ def make_trainer(
 def microbatch(augmult: int) -> int:
     """Examples per microbatch: about eight views, the fastest on CPU in benchmarks/."""
     return max(1, 8 // max(augmult, 1))
+
+
+def call_size(experiment: Experiment) -> int:
+    """Examples per device and call: the experiment's choice, else 32 views in microbatches."""
+    return experiment.physical_batch_size or max(2, 32 // max(experiment.augmult, 1))
 
 
 def put_everywhere(x, sharding: NamedSharding) -> jax.Array:

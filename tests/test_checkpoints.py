@@ -184,6 +184,14 @@ def test_a_checkpoint_can_go_on_on_other_devices(stopped, whole):
         assert np.isfinite(a).all() and not np.allclose(a, b, rtol=0, atol=1e-5)
 
 
+def test_a_checkpoint_can_go_on_in_other_physical_batches(stopped, whole):
+    """As on a device with less free memory: accepted, and noised afresh, for it rounds otherwise."""
+    run = train(stopped, experiment=tiny.experiment(augmult=0, eval_every=2, physical_batch_size=8))
+    assert run.events == whole.events and run.steps == 6 and not run.stopped
+    for a, b in zip(arrays(run), arrays(whole), strict=True):
+        assert np.isfinite(a).all() and not np.allclose(a, b, rtol=0, atol=1e-5)
+
+
 def test_another_run_in_the_same_directory_is_refused(tmp_path):
     base = dict(augmult=0, steps=3, epsilon=5.0, noise_multiplier=2.0)
     train(tmp_path, experiment=tiny.experiment(**base), stop_at_step=1)

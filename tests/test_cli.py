@@ -3,15 +3,12 @@
 import json
 import math
 import os
-import pathlib
 
 import nbformat
 import pytest
 import shared_runs
 
-from dpnb import cli, experiments, privacy, verification
-
-pytestmark = pytest.mark.xdist_group("demo")  # one execution of the notebook serves both files
+from dpnb import cli, experiments
 
 
 @pytest.fixture
@@ -101,48 +98,6 @@ def test_table(capsys, here):
     assert len(lines) == 2 + 12 and "unverified" in lines[2] and "81.4 +- 0.2" in lines[-1]
     assert cli.main(["table", "cifar10/wrn-40-4/*", "--results", str(here)]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1 + 6
-
-
-@pytest.fixture(scope="module")
-def demo():
-    """The one execution of the notebook that these tests and those of the notebook look at."""
-    return shared_runs.demo()
-
-
-def test_run_leaves_everything_behind(demo):
-    assert demo.returncode == 0, demo.stderr
-    for name in ("cifar10_from_scratch.ipynb", "result.json", "curve.png", "confusion.png", "privacy.md",
-                 "ledger.jsonl", "ema.safetensors"):  # fmt: skip
-        assert (demo.out / name).stat().st_size > 0, name
-    for name in ("curve.png", "confusion.png"):
-        assert (demo.out / name).read_bytes()[:4] == b"\x89PNG"
-    assert privacy.NEIGHBOURS in (demo.out / "privacy.md").read_text()
-
-
-def test_run_prints_progress_and_the_row(demo):
-    lines = demo.stdout.splitlines()
-    assert [line.split()[1] for line in lines if line.startswith("update ")] == ["1/3", "2/3", "3/3"]
-    *_, row, record, figure, notebook = lines
-    assert row.startswith("digits/demo [smoke, seed 0] on digits: EMA ") and "valid epsilon PLD " in row
-    for line, name in (
-        (record, "result.json"),
-        (figure, "curve.png"),
-        (notebook, "cifar10_from_scratch.ipynb"),
-    ):
-        assert pathlib.Path(line.split(": ")[1]) == demo.out / name
-
-
-def test_run_took_the_changes(demo):
-    r = json.loads((demo.out / "result.json").read_text())
-    assert (r["experiment"], r["preset"], r["seed"]) == ("digits/demo", "smoke", 0)
-    assert (r["privacy"]["steps"], r["privacy"]["sampling_probability"]) == (3, 24 / 1500)
-    assert r["privacy"]["epsilon_pld"] <= 8.0 and r["privacy"]["epsilon_is"] == "valid"
-    assert sum(event["steps"] for event in r["ledger"]) == 3
-
-
-def test_the_record_verifies(demo):
-    report = verification.verify(demo.out)
-    assert report.ok, report.lines
 
 
 def test_a_failing_notebook_is_reported(here):

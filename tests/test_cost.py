@@ -62,22 +62,27 @@ def test_in_words(predicted):
     assert "about 3.0 hours" in str(long)
 
 
-@pytest.mark.parametrize(("augmult", "expected"), [(0, 16), (1, 16), (4, 4), (16, 2)])
-def test_cpu_batch_is_two_microbatches_of_about_eight_views(augmult, expected):
-    e = experiment(augmult=augmult, physical_batch_size=None)
-    assert cost.physical_batch_size(e, shared_runs.bands()) == expected
+def trainer(**changes):
+    return update.make_trainer(experiment(physical_batch_size=None, **changes), shared_runs.bands(), seed=0)
 
 
-@pytest.mark.parametrize(("free", "expected"), [(1000, 4), (10_000, 32), (10**9, 256)])
+@pytest.mark.parametrize(("augmult", "expected"), [(0, 32), (1, 32), (4, 8), (16, 2), (32, 2)])
+def test_cpu_batch_is_32_views_in_microbatches_of_about_eight(augmult, expected):
+    made = trainer(augmult=augmult)
+    assert cost.physical_batch_size(made) == expected == update.call_size(made.experiment)
+    assert made.grad.microbatch_size * max(augmult, 1) in (8, 16, 32)
+
+
+@pytest.mark.parametrize(("free", "expected"), [(600, 2), (1000, 4), (10_000, 32), (10**9, 256)])
 def test_accelerator_batch_fits_the_memory(monkeypatch, free, expected):
     """100 + 100 n bytes: the largest power of two within 60 % of what is free, and at most 4096 views."""
     device = types.SimpleNamespace(
         platform="gpu", memory_stats=lambda: {"bytes_limit": free, "bytes_in_use": 0}
     )
+    made = trainer(augmult=16)
     monkeypatch.setattr(cost.jax, "devices", lambda: [device])
-    monkeypatch.setattr(cost, "_footprint", lambda e, d, n: 100 + 100 * n)
-    size = cost.physical_batch_size(experiment(augmult=16, physical_batch_size=None), shared_runs.bands())
-    assert size == expected
+    monkeypatch.setattr(cost, "_footprint", lambda _, n: 100 + 100 * n)
+    assert cost.physical_batch_size(made) == expected
 
 
 def test_free_memory():

@@ -1,4 +1,4 @@
-"""Two processes on loopback make the update that one device makes."""
+"""Two processes on loopback make the update, and the whole run, that one device makes."""
 
 import json
 import os
@@ -12,22 +12,36 @@ import numpy as np
 import pytest
 import tiny
 
+from dpnb import training
 from dpnb.update import make_trainer, one_update
 
 WORKER = """
 import json, sys
 import jax
-port, rank = sys.argv[1], int(sys.argv[2])
+port, rank, directory = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank, initialization_timeout=300)
 import numpy as np
 import tiny
+from dpnb import training
 from dpnb.update import make_trainer, one_update
 trainer = make_trainer(tiny.experiment(augmult=1), tiny.data(), seed=5, model=tiny.Linear(), physical_batch_size=4)
 state = trainer.state
 for _ in range(2):
     state, seen = one_update(trainer, state)
 kernel = np.asarray(state.params["layer"]["kernel"].addressable_data(0), np.float64)
-print(json.dumps([len(jax.devices()), kernel.ravel().tolist(), float(seen.examples.addressable_data(0))]))
+def train(**options):
+    return training.train(
+        tiny.experiment(augmult=0), tiny.data(), directory, model=tiny.Linear(), checkpoint_every=0.0, **options
+    )
+stopped = train(stop_at_step=4)  # with a checkpoint that both processes write
+run = train()
+trained = np.asarray(run.ema_params["layer"]["kernel"].addressable_data(0), np.float64)
+print(json.dumps({
+    "devices": len(jax.devices()), "kernel": kernel.ravel().tolist(),
+    "examples": float(seen.examples.addressable_data(0)), "stopped": stopped.steps, "steps": run.steps,
+    "trained": trained.ravel().tolist(), "accuracy": run.ema.accuracy,
+    "history": [[point["step"], point["batch_size"]] for point in run.history],
+}))
 """
 
 
@@ -38,7 +52,13 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def two_processes():
+def directory(tmp_path_factory):
+    """Of the run, on a disk that both processes see."""
+    return tmp_path_factory.mktemp("run")
+
+
+@pytest.fixture(scope="module")
+def two_processes(directory):
     here = pathlib.Path(__file__).parent
     environment = {
         **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
@@ -47,7 +67,7 @@ def two_processes():
     port = str(free_port())
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, port, str(rank)], env=environment, text=True,
+            [sys.executable, "-c", WORKER, port, str(rank), str(directory)], env=environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
         for rank in (0, 1)
@@ -64,8 +84,8 @@ def two_processes():
 
 def test_two_processes_make_the_update_of_one_device(two_processes):
     """Four devices in two processes; float32 rounding apart."""
-    (devices, first, examples), (_, second, _) = two_processes
-    assert devices == 4
+    first, second = two_processes
+    assert first["devices"] == 4
     assert first == second  # both hold the same parameters, to the bit
     trainer = make_trainer(
         tiny.experiment(augmult=1), tiny.data(), seed=5, model=tiny.Linear(), devices=jax.devices()[:1],
@@ -75,7 +95,23 @@ def test_two_processes_make_the_update_of_one_device(two_processes):
     for _ in range(2):
         state, seen = one_update(trainer, state)
     alone = np.asarray(state.params["layer"]["kernel"], np.float64).ravel()
-    np.testing.assert_allclose(first, alone, rtol=0, atol=1e-6)
-    assert examples == float(seen.examples)
+    np.testing.assert_allclose(first["kernel"], alone, rtol=0, atol=1e-6)
+    assert first["examples"] == float(seen.examples)
     start = np.asarray(trainer.state.params["layer"]["kernel"]).ravel()
+    assert np.abs(alone - start).max() > 0.01
+
+
+def test_two_processes_make_the_run_of_one_device(two_processes, directory, tmp_path):
+    """Stopped, continued from the checkpoint of both, evaluated; one ledger, written by the first."""
+    first, second = two_processes
+    assert first == second and (first["stopped"], first["steps"]) == (4, 6)
+    run = training.train(
+        tiny.experiment(augmult=0), tiny.data(), tmp_path, model=tiny.Linear(), devices=jax.devices()[:1]
+    )
+    alone = np.asarray(run.ema_params["layer"]["kernel"], np.float64).ravel()
+    np.testing.assert_allclose(first["trained"], alone, rtol=0, atol=1e-5)
+    assert first["history"] == [[point["step"], point["batch_size"]] for point in run.history]
+    lines = [json.loads(line) for line in (directory / "ledger.jsonl").read_text().splitlines()[1:]]
+    assert [line["step"] for line in lines] == list(range(6))
+    start = np.asarray(tiny.Linear().layer.kernel[...]).ravel()
     assert np.abs(alone - start).max() > 0.01

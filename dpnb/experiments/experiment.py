@@ -104,9 +104,12 @@ class Experiment:
         return Mechanism(self.noise_multiplier, self.expected_batch_size / n, self.sampler)
 
     def fingerprint(self, **more) -> str:
-        """SHA-256 of everything here (and `more`) that determines the released parameters."""
+        """SHA-256 of everything here (and `more`) that determines the released parameters.
+
+        Rounding apart: the physical batch size may differ where another machine goes on.
+        """
         presentation = {"name", "preset", "data_note", "paper_mean", "paper_std", "paper_source"}
-        presentation |= {"eval_every", "eval_examples", "seed"}
+        presentation |= {"eval_every", "eval_examples", "seed", "physical_batch_size"}
         fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in presentation}
         text = json.dumps({**fields, **more}, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
