@@ -177,7 +177,7 @@ def table(pattern: str, results: list[dict[str, Any]]):
 def status(experiment: experiments.Experiment, results: list[dict[str, Any]]) -> str:
     """ "reproduced (n runs)" where records at preset "paper" exist, else "runnable" and what was run."""
     presets = [r["preset"] for r in results if r["experiment"] == experiment.name and not r["stopped"]]
-    if "paper" in presets:
+    if "paper" in presets and experiment.paper_mean is not None:
         return f"reproduced ({presets.count('paper')} runs)"
     smaller = ", ".join(p for p in experiments.PRESETS if p in presets)
     return f"runnable (run at {smaller})" if smaller else "runnable"
