@@ -36,6 +36,11 @@ def normalise(images) -> jax.Array:
     return (jnp.asarray(images).astype(jnp.float32) / 255 - mean) / std
 
 
+def plain(inputs) -> jax.Array:
+    """What a network reads where nothing is augmented: images normalised, float32 features as they are."""
+    return inputs if inputs.dtype == np.float32 else normalise(inputs)
+
+
 def denormalise(images) -> jax.Array:
     """The inverse of `normalise`, for pictures: float [..., h, w, 3] -> uint8, rounded."""
     pixels = (images * jnp.asarray(STD, jnp.float32) + jnp.asarray(MEAN, jnp.float32)) * 255
@@ -53,8 +58,8 @@ def views(key, image, augmult: int) -> jax.Array:
     Args:
       key: PRNG key for this example and this update.  For a batch:
         `jax.vmap(views, (0, 0, None))(keys, images, K)`.
-      image: uint8 [h, w, 3].
-      augmult: K, static.  0 is the plain image (as in evaluation), 1 ordinary augmentation.
+      image: uint8 [h, w, 3]; with K = 0 also float32 features of any shape.
+      augmult: K, static.  0 is the plain input (as in evaluation), 1 ordinary augmentation.
     Returns:
       float32 [max(K, 1), h, w, 3].
     Raises:
@@ -66,10 +71,10 @@ def views(key, image, augmult: int) -> jax.Array:
     """
     if augmult < 0:
         raise ValueError(f"augmult must be 0 (no augmentation) or the number of views, got {augmult}")
+    if augmult == 0:
+        return plain(image)[None]
     if image.ndim != 3:
         raise ValueError(f"image must be one image [h, w, 3], got {list(image.shape)}; vmap over examples")
-    if augmult == 0:
-        return normalise(image)[None]
     offset_key, flip_key = jax.random.split(key)
     offsets = jax.random.randint(offset_key, (augmult, 2), 0, 2 * PAD + 1)
     flips = jax.random.bernoulli(flip_key, shape=(augmult,)).astype(jnp.int32)

@@ -11,6 +11,7 @@ from dpnb import experiments
 
 NOTEBOOKS = pathlib.Path(__file__).parents[1] / "notebooks"
 NOTEBOOK = "cifar10_from_scratch.ipynb"
+TABLES = {"cifar10": "cifar10/[ws]*/eps*", "digits": "digits/*"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,7 +56,7 @@ def list_(options) -> int:
     records = results.load(options.results)
     for name in experiments.names(options.pattern):
         e = experiments.get(name)
-        paper = "-" if e.paper_mean is None else f"{e.paper_mean} +- {e.paper_std} %"
+        paper = results.spread(e.paper_mean, e.paper_std) + (" %" if e.paper_mean else "")
         status = results.status(e, records)
         print(
             f"{name:24} epsilon {e.epsilon:g}, delta {e.delta:g}  paper: {paper:14} {status:34} {e.paper_source}"
@@ -122,7 +123,7 @@ def run(options) -> int:
 def table(options) -> int:
     from dpnb import results
 
-    pattern = options.name if any(c in options.name for c in "*?/") else f"{options.name}/*"
+    pattern = TABLES.get(options.name, options.name)
     if not experiments.names(pattern):
         raise KeyError(f"no experiment matches {pattern!r}; see `dpnb list`")
     frame = results.table(pattern, results.load(options.results))

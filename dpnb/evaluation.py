@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dpnb.augment import normalise
+from dpnb.augment import plain
 from dpnb.data import Split
 
 
@@ -24,12 +24,12 @@ def make_evaluate(apply: Callable[[Any, jax.Array], jax.Array], batch_size: int 
     """A function `(params, split) -> Evaluation`, compiled once for one batch size.
 
     Args:
-      apply: `(params, images float [batch, h, w, c]) -> logits [batch, classes]`.
+      apply: `(params, inputs float [batch, ...]) -> logits [batch, classes]`.
     """
 
     @jax.jit
     def forward(params, images, labels):
-        logits = apply(params, normalise(images)).astype(jnp.float32)
+        logits = apply(params, plain(images)).astype(jnp.float32)
         return logits.argmax(-1), optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
     def evaluate(params, split: Split) -> Evaluation:
@@ -41,7 +41,7 @@ def make_evaluate(apply: Callable[[Any, jax.Array], jax.Array], batch_size: int 
                 split.labels[start : start + batch_size],
             )
             padding = batch_size - len(labels)  # one static size, so one compilation
-            images = np.pad(images, ((0, padding), (0, 0), (0, 0), (0, 0)))
+            images = np.pad(images, [(0, padding)] + [(0, 0)] * (images.ndim - 1))
             guess, loss = forward(params, images, np.pad(labels, (0, padding)).astype(np.int32))
             predictions.append(np.asarray(guess[: len(labels)], np.int32))
             losses.append(np.asarray(loss[: len(labels)]))

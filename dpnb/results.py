@@ -37,7 +37,7 @@ def record(run: Run, data: Dataset) -> dict[str, Any]:
         "privacy": {
             "epsilon_pld": recompute_epsilon(run.events, e.delta, "pld"),
             "epsilon_rdp": recompute_epsilon(run.events, e.delta, "rdp"),
-            "epsilon_target": _finite(e.epsilon),
+            "epsilon_target": finite(e.epsilon),
             "epsilon_is": mechanism.claim,
             "delta": e.delta,
             "noise_multiplier": e.noise_multiplier,
@@ -49,10 +49,10 @@ def record(run: Run, data: Dataset) -> dict[str, Any]:
             "seed_published": e.seed is not None,
         },
         "augmult": e.augmult,
-        "clip_norm": _finite(e.clip_norm),
+        "clip_norm": finite(e.clip_norm),
         "seed": e.seed,
         "accuracy": {"raw": run.raw.accuracy, "ema": run.ema.accuracy},
-        "loss": {"raw": _finite(run.raw.loss), "ema": _finite(run.ema.loss)},
+        "loss": {"raw": finite(run.raw.loss), "ema": finite(run.ema.loss)},
         "evaluated_on": f"{len(data.test)} {'held-out training' if e.validation else 'test'} images",
         "data": {
             "name": data.name,
@@ -67,8 +67,8 @@ def record(run: Run, data: Dataset) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **versions()},
         "git_revision": git_revision(),
         "stopped": run.stopped,
-        "hyper_parameters": {k: _finite(v) for k, v in dataclasses.asdict(e).items()},
-        "curve": run.history,
+        "hyper_parameters": {k: finite(v) for k, v in dataclasses.asdict(e).items()},
+        "curve": [{k: finite(v) for k, v in point.items()} for point in run.history],
         "ledger": run.events,
     }
 
@@ -105,7 +105,7 @@ def flatten(params: Any, prefix: str = "") -> dict[str, np.ndarray]:
 def recompute_epsilon(events: list[dict[str, Any]], delta: float, accountant: str) -> float | None:
     """Epsilon of a ledger; None for infinity, or where dp-accounting is not installed."""
     try:
-        return _finite(privacy.epsilon(privacy.events_from_json(events), 1, delta, accountant))
+        return finite(privacy.epsilon(privacy.events_from_json(events), 1, delta, accountant))
     except privacy.MissingAccountant:
         return None
 
@@ -116,6 +116,22 @@ def load(root: str | pathlib.Path) -> list[dict[str, Any]]:
     return sorted(found, key=lambda r: r["finished"])
 
 
+def of(experiment: experiments.Experiment, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The finished records of this experiment, whatever name and seed it ran under.
+
+    A cell that stands in several tables is trained once: the records that match are those whose
+    hyper-parameters are all equal, what was calibrated (None in `experiment`) left out.
+    """
+    default = {f.name: f.default for f in dataclasses.fields(experiment)}
+    wanted = {k: finite(v) for k, v in experiment.decisive().items() if v is not None}
+
+    def same(record):
+        hyper = record["hyper_parameters"]
+        return all(hyper.get(k, default[k]) == v for k, v in wanted.items())
+
+    return [r for r in records if not r["stopped"] and same(r)]
+
+
 def row(result: dict[str, Any]) -> str:
     """One run in one line, beside the paper's number."""
     p, paper = result["privacy"], result["paper"]
@@ -124,7 +140,7 @@ def row(result: dict[str, Any]) -> str:
         for name in ("pld", "rdp")
         if p[f"epsilon_{name}"] is not None
     )
-    theirs = "-" if paper["mean"] is None else f"{paper['mean']} +- {paper['std']}"
+    theirs = spread(paper["mean"], paper["std"])
     return (
         f"{result['experiment']} [{result['preset']}, seed {result['seed']}] on {result['data']['name']}: "
         f"EMA {result['accuracy']['ema']:.2f} %, raw {result['accuracy']['raw']:.2f} % (paper: {theirs} %) at "
@@ -149,7 +165,7 @@ def table(pattern: str, results: list[dict[str, Any]]):
     rows = []
     for name in experiments.names(pattern):
         e = experiments.get(name)
-        paper = "-" if e.paper_mean is None else f"{e.paper_mean} +- {e.paper_std}"
+        paper = spread(e.paper_mean, e.paper_std)
         flag = " (unverified)" if "unverified" in e.paper_source else ""
         mine = [r for r in results if r["experiment"] == name and not r["stopped"]]
         base = {"experiment": name, "epsilon": e.epsilon, "paper": paper + flag}
@@ -183,6 +199,11 @@ def status(experiment: experiments.Experiment, results: list[dict[str, Any]]) ->
     return f"runnable (run at {smaller})" if smaller else "runnable"
 
 
+def spread(mean: float | None, std: float | None) -> str:
+    """ "81.4 +- 0.2", "81.4" where the spread is unknown, "-" where nothing is."""
+    return "-" if mean is None else f"{mean}" if std is None else f"{mean} +- {std}"
+
+
 def markdown(frame) -> str:
     """A data frame as a Markdown table."""
     rows = [frame.columns, ["---"] * len(frame.columns), *frame.astype(str).values]
@@ -204,12 +225,12 @@ def insert(document: str, name: str, frame) -> str:
 
 def _ours(runs, preset, experiment) -> dict[str, Any]:
     accuracies = [r["accuracy"]["ema"] for r in runs]
-    spread = f" +- {np.std(accuracies, ddof=1):.1f}" if len(runs) > 1 else ""
+    deviation = f" +- {np.std(accuracies, ddof=1):.1f}" if len(runs) > 1 else ""
     full = preset == "paper" and experiment.paper_mean is not None
     nominal = any(r["privacy"]["epsilon_is"] != "valid" for r in runs)
     return {
         "preset": preset,
-        "ours": f"{np.mean(accuracies):.1f}{spread}",
+        "ours": f"{np.mean(accuracies):.1f}{deviation}",
         "n": len(runs),
         "difference": f"{np.mean(accuracies) - experiment.paper_mean:+.1f}" if full else "-",
         "minutes": f"{np.mean([r['seconds'] for r in runs]) / 60:.1f}",
@@ -245,6 +266,6 @@ def git_revision() -> str:
         return ""
 
 
-def _finite(x: Any) -> Any:
+def finite(x: Any) -> Any:
     """JSON has no infinity: None."""
     return None if isinstance(x, float) and not math.isfinite(x) else x

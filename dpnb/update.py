@@ -21,7 +21,8 @@ from dpnb import augment, sampling
 from dpnb.clipping import ClippedGrad, clipped_grad
 from dpnb.data import Dataset
 from dpnb.experiments.experiment import Experiment
-from dpnb.models import WideResNet, functional
+from dpnb.models import ScatterLinear, WideResNet, functional
+from dpnb.models.wide_resnet import norm_then_relu, relu_then_norm
 from dpnb.noise import add_noise
 
 PyTree = Any
@@ -90,9 +91,20 @@ def step_keys(root: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def make_model(experiment: Experiment, num_classes: int, seed: int) -> nnx.Module:
     """The experiment's network with its initial parameters."""
+    if experiment.network == "scatter-linear":
+        return ScatterLinear(num_classes)
     dtype = None if experiment.compute_dtype == "float32" else experiment.compute_dtype
     rngs = nnx.Rngs(params=jax.random.fold_in(jax.random.wrap_key_data(root_key(seed)), 2**31))
-    return WideResNet(experiment.depth, experiment.width, num_classes, dtype=dtype, rngs=rngs)
+    return WideResNet(
+        experiment.depth,
+        experiment.width,
+        num_classes,
+        norm=None if experiment.norm == "group" else lambda features: nnx.identity,
+        standardised=experiment.standardised,
+        act=relu_then_norm if experiment.relu_first else norm_then_relu,
+        dtype=dtype,
+        rngs=rngs,
+    )
 
 
 def make_loss(apply) -> Callable:
@@ -126,7 +138,7 @@ def make_trainer(
       seed: of sampling, augmentation, noise and initial parameters. Releases of two experiments
         must not share it (`train` derives one from the seed and the experiment).
       model: any NNX model of images [batch, h, w, c] -> logits (default: the experiment's).
-      optimizer: any Optax transformation (default: SGD without momentum, as in the paper).
+      optimizer: any Optax transformation (default: SGD, without momentum in the paper).
       devices: default all devices of all processes, as a one-dimensional mesh.
       physical_batch_size: examples per device and call; default `call_size(experiment)`.
     """
@@ -134,7 +146,7 @@ def make_trainer(
     mesh = jax.sharding.Mesh(np.array(devices), ("data",))
     everywhere = NamedSharding(mesh, PartitionSpec())
     params, apply = functional(make_model(experiment, len(data.classes), seed) if model is None else model)
-    optimizer = optimizer or optax.sgd(experiment.learning_rate)
+    optimizer = optimizer or optax.sgd(experiment.learning_rate, experiment.momentum or None)
     rescale = math.isfinite(experiment.clip_norm)
     physical = physical_batch_size or call_size(experiment)
     micro = microbatch(experiment.augmult)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
-from dpnb import data, privacy, results
+from dpnb import data, features, privacy, results
 from dpnb.evaluation import make_evaluate
 from dpnb.experiments import Experiment
 from dpnb.models import functional
@@ -48,6 +48,7 @@ def verify(directory: str | pathlib.Path, *, data_dir=None, data_file=None) -> R
     hyper = {k: v for k, v in r["hyper_parameters"].items() if v is not None}
     experiment = Experiment(**{**hyper, "epsilon": hyper.get("epsilon", float("inf"))})
     found = data.load(r["data"]["name"], data_dir=data_dir, file=data_file, validation=experiment.validation)
+    found = features.prepare(experiment, found)
     same = found.fingerprint == r["data"]["fingerprint"]
     checks.append(
         (same, f"data fingerprint {found.fingerprint[:16]}, recorded {r['data']['fingerprint'][:16]}")

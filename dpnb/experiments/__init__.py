@@ -3,14 +3,15 @@
 import difflib
 import fnmatch
 
-from dpnb.experiments import cifar10, digits
+from dpnb.experiments import cifar10, digits, studies
 from dpnb.experiments.experiment import Experiment
 
 __all__ = ["PRESETS", "Experiment", "get", "names"]
 
 PRESETS = ("smoke", "teach", "colab", "paper")
-_FAMILIES = {"cifar10": cifar10, "digits": digits}
-_ALL = {e.name: e for family in _FAMILIES.values() for e in family.TABLE}
+# The changes that a preset makes to an experiment, by the module that registers it.
+_AT = {e.name: family.at for family in (cifar10, studies, digits) for e in family.TABLE}
+_ALL = {e.name: e for family in (cifar10, studies, digits) for e in family.TABLE}
 
 
 def names(pattern: str = "*") -> list[str]:
@@ -36,5 +37,5 @@ def get(name: str, preset: str = "paper", **changes) -> Experiment:
         raise KeyError(f"no experiment {name!r}; did you mean {' or '.join(close) or 'one of `dpnb list`'}?")
     if preset not in PRESETS:
         raise ValueError(f"preset must be one of {PRESETS}, got {preset!r}")
-    scale = _FAMILIES[name.split("/")[0]].PRESETS[preset]
+    scale = _AT[name](_ALL[name], preset)
     return _ALL[name].replace(**{"preset": preset, **scale, **changes})

@@ -26,3 +26,8 @@ PRESETS = {
     "colab": dict(augmult=4),
     "paper": dict(augmult=16),
 }
+
+
+def at(experiment: Experiment, preset: str) -> dict:
+    """The changes that a preset makes."""
+    return PRESETS[preset]

@@ -7,6 +7,8 @@ import math
 
 from dpnb.privacy import ACCOUNTANTS, SAMPLERS, Mechanism
 
+NETWORKS = ("wrn", "scatter-linear")
+
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
@@ -18,13 +20,18 @@ class Experiment:
     Attributes:
       name: unique, e.g. "cifar10/wrn-16-4/eps8".
       dataset: "cifar10", "cifar100", "digits", or what a prepared array file holds.
+      network: "wrn", or "scatter-linear" (a linear layer on fixed scattering features).
       depth, width: of the Wide-ResNet.
+      norm: "group" (16 groups) or "none".
+      standardised: weight standardisation of all convolutions.
+      relu_first: ReLU before the norm, as in the paper; False is the classic order.
       epsilon, delta: the budget, under add-or-remove-one; epsilon = inf for none.
       noise_multiplier: sigma, noise standard deviation / sensitivity.
       steps: number of updates.
       expected_batch_size: B; every example enters with probability q = B / N.
       augmult: K, augmented views per example; 0 is the plain image.
       clip_norm: C; the update is divided by C, so that learning_rate does not depend on it.
+      learning_rate, momentum: of SGD; the paper uses no momentum.
       ema_decay: upper limit of the averaging coefficient min(ema_decay, (1 + t) / (10 + t)).
       sampler: "poisson" (exact) or "shuffle" (as the paper ran; its epsilon is nominal).
       accountant: "pld" or "rdp", used for calibration; results state both.
@@ -42,8 +49,12 @@ class Experiment:
 
     name: str
     dataset: str = "cifar10"
+    network: str = "wrn"
     depth: int = 16
     width: int = 4
+    norm: str = "group"
+    standardised: bool = True
+    relu_first: bool = True
     epsilon: float | None = 8.0
     delta: float = 1e-5
     noise_multiplier: float | None = None
@@ -52,6 +63,7 @@ class Experiment:
     augmult: int = 16
     clip_norm: float = 1.0
     learning_rate: float = 2.0
+    momentum: float = 0.0
     ema_decay: float = 0.9999
     sampler: str = "poisson"
     accountant: str = "pld"
@@ -87,6 +99,14 @@ class Experiment:
         check(0 <= self.ema_decay < 1, "ema_decay must be in [0, 1)", self.ema_decay)
         rate = self.learning_rate
         check(math.isfinite(rate) and rate >= 0, "learning_rate must be finite and >= 0", rate)
+        check(0 <= self.momentum < 1, "momentum must be in [0, 1)", self.momentum)
+        check(self.network in NETWORKS, f"network must be one of {NETWORKS}", self.network)
+        check(self.norm in ("group", "none"), "norm must be group or none", self.norm)
+        check(
+            self.network == "wrn" or self.augmult == 0,
+            "fixed features are computed once, from the plain image (augmult 0)",
+            self.augmult,
+        )
         check(self.sampler in SAMPLERS, f"sampler must be one of {SAMPLERS}", self.sampler)
         check(self.accountant in ACCOUNTANTS, f"accountant must be one of {ACCOUNTANTS}", self.accountant)
         check(
@@ -108,8 +128,11 @@ class Experiment:
 
         Rounding apart: the physical batch size may differ where another machine goes on.
         """
+        text = json.dumps({**self.decisive(), **more}, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def decisive(self) -> dict:
+        """The fields that make it another experiment; the seed, and what is only shown, left out."""
         presentation = {"name", "preset", "data_note", "paper_mean", "paper_std", "paper_source"}
         presentation |= {"eval_every", "eval_examples", "seed", "physical_batch_size"}
-        fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in presentation}
-        text = json.dumps({**fields, **more}, sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in presentation}

@@ -6,9 +6,10 @@ from typing import Any
 import jax
 from flax import nnx
 
+from dpnb.models.scattering import ScatterLinear
 from dpnb.models.wide_resnet import WideResNet
 
-__all__ = ["WideResNet", "functional"]
+__all__ = ["ScatterLinear", "WideResNet", "functional"]
 
 
 def functional(model: nnx.Module) -> tuple[dict[str, Any], Callable[[Any, jax.Array], jax.Array]]:

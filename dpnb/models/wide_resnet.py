@@ -14,18 +14,30 @@ class Block(nnx.Module):
     """Two times [ReLU -> norm -> 3x3 convolution], plus a skip path.
 
     The first block of every stage projects its skip: ReLU -> norm -> 1x1 convolution.
+    `act` is the order of ReLU and norm, see `relu_then_norm`.
     """
 
-    def __init__(self, cin: int, cout: int, stride: int, first: bool, *, conv, norm):
+    def __init__(self, cin: int, cout: int, stride: int, first: bool, *, conv, norm, act):
+        self.act = act
         self.norm1, self.conv1 = norm(cin), conv(cin, cout, 3, stride=stride)
         self.norm2, self.conv2 = norm(cout), conv(cout, cout, 3)
         self.skip_norm = norm(cin) if first else None
         self.skip_conv = conv(cin, cout, 1, stride=stride) if first else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        skip = x if self.skip_conv is None else self.skip_conv(self.skip_norm(nnx.relu(x)))
-        y = self.conv1(self.norm1(nnx.relu(x)))
-        return self.conv2(self.norm2(nnx.relu(y))) + skip
+        skip = x if self.skip_conv is None else self.skip_conv(self.act(self.skip_norm, x))
+        y = self.conv1(self.act(self.norm1, x))
+        return self.conv2(self.act(self.norm2, y)) + skip
+
+
+def relu_then_norm(norm: Callable, x: jax.Array) -> jax.Array:
+    """The paper's order."""
+    return norm(nnx.relu(x))
+
+
+def norm_then_relu(norm: Callable, x: jax.Array) -> jax.Array:
+    """The classic order of pre-activation networks, for comparison."""
+    return nnx.relu(norm(x))
 
 
 class WideResNet(nnx.Module):
@@ -40,6 +52,9 @@ class WideResNet(nnx.Module):
       width: the widening factor.
       num_classes: size of the output.
       groups: groups of the group norm; channels must divide into them.
+      norm: makes the norm of so many features (default: that group norm).
+      standardised: weight standardisation of all convolutions.
+      act: `relu_then_norm` (the paper's order) or `norm_then_relu`.
       dtype: of the computation (None: that of the inputs; "bfloat16" halves the memory).
         Parameters, norm statistics and weight standardisation stay float32.
       rngs: for the initial parameters.
@@ -55,6 +70,8 @@ class WideResNet(nnx.Module):
         *,
         groups: int = 16,
         norm: Callable[[int], nnx.Module] | None = None,
+        standardised: bool = True,
+        act: Callable = relu_then_norm,
         dtype: Dtype | None = None,
         rngs: nnx.Rngs,
     ):
@@ -65,17 +82,19 @@ class WideResNet(nnx.Module):
             return nnx.GroupNorm(features, groups, epsilon=1e-5, dtype=dtype, rngs=rngs)
 
         def conv(cin: int, cout: int, size: int, stride: int = 1) -> Conv:
-            return Conv(cin, cout, size, stride=stride, dtype=dtype, rngs=rngs)
+            return Conv(cin, cout, size, stride=stride, standardised=standardised, dtype=dtype, rngs=rngs)
 
         norm = norm or group_norm
         self.stem = conv(3, 16, 3)
         blocks, cin = [], 16
         for channels, stride in ((16 * width, 1), (32 * width, 2), (64 * width, 2)):
             for i in range((depth - 4) // 6):
-                blocks.append(Block(cin, channels, stride if i == 0 else 1, i == 0, conv=conv, norm=norm))
+                blocks.append(
+                    Block(cin, channels, stride if i == 0 else 1, i == 0, conv=conv, norm=norm, act=act)
+                )
                 cin = channels
         self.blocks = nnx.List(blocks)
-        self.norm = norm(cin)
+        self.norm, self.act = norm(cin), act
         init = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
         self.linear = nnx.Linear(cin, num_classes, kernel_init=init, rngs=rngs)
 
@@ -84,5 +103,5 @@ class WideResNet(nnx.Module):
         x = self.stem(images)
         for block in self.blocks:
             x = block(x)
-        x = self.norm(nnx.relu(x)).mean((1, 2))
+        x = self.act(self.norm, x).mean((1, 2))
         return self.linear(x.astype(self.linear.kernel[...].dtype))

@@ -1,0 +1,151 @@
+"""The wavelet scattering transform (Bruna & Mallat 2013; Oyallon & Mallat 2015), for features that
+need no training: two layers of Morlet wavelets, moduli and local means, J = 2 and 8 angles.
+
+Tramer & Boneh 2021 put a linear layer on it; without any learnt feature it beats the networks of
+the paper at epsilon = 1.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+CHANNELS = 81  # 1 mean, 2 scales x 8 angles, and 8 x 8 pairs of angles
+
+
+def gabor(size: int, sigma: float, theta: float, xi: float, slant: float) -> np.ndarray:
+    """A Gaussian of width `sigma` times a wave of frequency `xi` along `theta`, periodic on [size, size].
+
+    complex128; `slant` is the ratio of the Gaussian's two axes. A Gaussian of slant 1 and xi 0 has sum 1.
+    """
+    rotate = np.array([[math.cos(theta), -math.sin(theta)], [math.sin(theta), math.cos(theta)]])
+    curve = rotate @ np.diag([1.0, slant**2]) @ rotate.T / (2 * sigma**2)
+    total = np.zeros((size, size), complex)
+    for shift_x in range(-2, 3):
+        for shift_y in range(-2, 3):
+            x, y = np.meshgrid(
+                np.arange(size) + shift_x * size, np.arange(size) + shift_y * size, indexing="ij"
+            )
+            exponent = curve[0, 0] * x**2 + (curve[0, 1] + curve[1, 0]) * x * y + curve[1, 1] * y**2
+            total += np.exp(-exponent + 1j * xi * (x * math.cos(theta) + y * math.sin(theta)))
+    return total * slant / (2 * math.pi * sigma**2)
+
+
+def morlet(size: int, sigma: float, theta: float, xi: float, slant: float) -> np.ndarray:
+    """A Gabor wave minus the Gaussian that makes its sum zero."""
+    wave, bump = gabor(size, sigma, theta, xi, slant), gabor(size, sigma, theta, 0.0, slant)
+    return wave - wave.sum() / bump.sum() * bump
+
+
+@functools.cache
+def filters(size: int, angles: int = 8) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Fourier transforms of the low pass [size, size] and of the wavelets, one [angles, size, size] per scale."""
+    low = np.fft.fft2(gabor(size, 0.8 * 2, 0.0, 0.0, 1.0)).real
+    turns = [(angles - angles // 2 - 1 - k) * math.pi / angles for k in range(angles)]
+    scales = [
+        np.stack(
+            [
+                np.fft.fft2(morlet(size, 0.8 * 2**j, turn, 0.75 * math.pi / 2**j, 4 / angles)).real
+                for turn in turns
+            ]
+        )
+        for j in range(2)
+    ]
+    return low, scales
+
+
+def scattering(images) -> jax.Array:
+    """Scattering coefficients of one-channel images.
+
+    Args:
+      images: float32 [batch, size, size], size a multiple of 4.
+    Returns:
+      float32 [batch, size / 4, size / 4, 81].
+    Raises:
+      ValueError: another shape.
+    """
+    size = images.shape[-1]
+    if images.ndim != 3 or images.shape[1] != size or size % 4:
+        raise ValueError(
+            f"images must be [batch, size, size], size a multiple of 4, got {list(images.shape)}"
+        )
+    low, (fine, coarse) = filters(size + 8)
+    as32 = functools.partial(jnp.asarray, dtype=jnp.float32)
+    padded = jnp.pad(images, ((0, 0), (4, 4), (4, 4)), mode="reflect")
+    u0 = jnp.fft.fft2(padded)[:, None]
+
+    def mean(u, every):  # [batch, paths, n, n] in Fourier space -> its local means, 4 pixels apart
+        return jnp.fft.ifft2(folded(u * as32(coarser(low, 4 // every)), every)).real[..., 1:-1, 1:-1]
+
+    u1_fine = jnp.fft.fft2(jnp.abs(jnp.fft.ifft2(u0 * as32(fine))))  # scale 0: every pixel
+    u1_coarse = jnp.fft.fft2(jnp.abs(jnp.fft.ifft2(folded(u0 * as32(coarse), 2))))  # scale 1: every second
+    pairs = folded(u1_fine[:, :, None] * as32(coarse), 2)
+    u2 = jnp.fft.fft2(jnp.abs(jnp.fft.ifft2(pairs))).reshape(len(images), -1, *pairs.shape[-2:])
+    parts = [mean(u0, 4), mean(u1_fine, 4), mean(u1_coarse, 2), mean(u2, 2)]
+    return jnp.moveaxis(jnp.concatenate(parts, 1), 1, -1).astype(jnp.float32)
+
+
+def folded(spectrum, every: int):
+    """The spectrum of every `every`-th pixel in both directions: aliases are averaged."""
+    *lead, n, _ = spectrum.shape
+    m = n // every
+    return spectrum.reshape(*lead, every, m, every, m).mean((-4, -2))
+
+
+def coarser(spectrum: np.ndarray, every: int) -> np.ndarray:
+    """The low frequencies of a filter, for images of every `every`-th pixel."""
+    half = len(spectrum) // every // 2
+    kept = np.r_[0:half, len(spectrum) - half : len(spectrum)]
+    return spectrum[np.ix_(kept, kept)]
+
+
+def features(images, groups: int = 27) -> jax.Array:
+    """Scattering of the three colours, group-normalised (per example: no statistics of the data).
+
+    Args:
+      images: uint8 [batch, size, size, 3].
+      groups: of the 243 channels; each gets mean 0 and variance 1 over positions and its channels.
+    Returns:
+      float32 [batch, size / 4, size / 4, 243].
+    """
+    pixels = jnp.moveaxis(jnp.asarray(images).astype(jnp.float32) / 255, -1, 1)
+    batch, colours, size, _ = pixels.shape
+    s = scattering(pixels.reshape(-1, size, size)).reshape(batch, colours, size // 4, size // 4, CHANNELS)
+    s = jnp.moveaxis(s, 1, 3).reshape(batch, size // 4, size // 4, groups, -1)
+    s = (s - s.mean((1, 2, 4), keepdims=True)) * jax.lax.rsqrt(s.var((1, 2, 4), keepdims=True) + 1e-5)
+    return s.reshape(batch, size // 4, size // 4, -1)
+
+
+@jax.custom_vjp
+def linear(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
+    """inputs [batch, features] times kernel [classes, features] -> [batch, classes].
+
+    The gradient of a single row is written as a product, not as a matrix multiplication: XLA then
+    never stores it, but fuses it into the norm and the clipped sum of `dpnb.clipping`.
+    """
+    return inputs @ kernel.T
+
+
+def _backward(residuals, cotangent):
+    inputs, kernel = residuals
+    single = len(inputs) == 1
+    change = cotangent[0][:, None] * inputs[0] if single else cotangent.T @ inputs
+    return cotangent @ kernel, change
+
+
+linear.defvjp(lambda *args: (linear(*args), args), _backward)
+
+
+class ScatterLinear(nnx.Module):
+    """A linear layer on fixed features (those of 32x32 images), all its parameters zero at the start."""
+
+    def __init__(self, num_classes: int = 10, shape: tuple[int, ...] = (8, 8, 3 * CHANNELS)):
+        self.kernel = nnx.Param(jnp.zeros((num_classes, math.prod(shape))))
+        self.bias = nnx.Param(jnp.zeros(num_classes))
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Features float32 [batch, *shape] -> logits [batch, num_classes]."""
+        return linear(inputs.reshape(len(inputs), -1), self.kernel[...]) + self.bias[...]

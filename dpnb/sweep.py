@@ -1,0 +1,107 @@
+"""Many experiments, one after another: what is finished is skipped, what fails is listed at the end."""
+
+import dataclasses
+import pathlib
+import traceback
+from typing import Any
+
+import jax
+
+from dpnb import cost, experiments, features, results, training
+from dpnb.data import Dataset
+from dpnb.experiments import Experiment
+
+# Experiments that agree in these compile to the same program: one is timed for all.
+PROGRAM = (
+    "dataset", "network", "depth", "width", "norm", "standardised", "relu_first", "augmult", "compute_dtype",
+    "physical_batch_size",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """records: of the cells that are finished, in the order of the plan; failures: {"name, seed": why}."""
+
+    records: list[dict[str, Any]]
+    failures: dict[str, str]
+
+
+def plan(pattern: str, preset: str, seeds: int = 1, **changes) -> list[Experiment]:
+    """The experiments that match, at that scale; one for each of the seeds 0 ... seeds - 1.
+
+    Cells that are the same experiment at this scale under another name are run once, as the first.
+
+    Raises:
+      KeyError: nothing matches.  ValueError: seeds below 1, or bad hyper-parameters.
+    """
+    names = experiments.names(pattern)
+    if not names:
+        raise KeyError(f"no experiment matches {pattern!r}; see `dpnb list`")
+    if seeds < 1:
+        raise ValueError(f"seeds must be at least 1, got {seeds}")
+    cells = {}
+    for e in [experiments.get(name, preset, **changes) for name in names]:
+        cells.setdefault(e.fingerprint(), e)
+    return [e.replace(seed=seed) for seed in range(seeds) for e in cells.values()]
+
+
+def directory(root: str | pathlib.Path, e: Experiment) -> pathlib.Path:
+    """Where one experiment and seed lives below `root`."""
+    return pathlib.Path(root) / e.name / f"{e.preset}-seed{e.seed}"
+
+
+def finished(e: Experiment, data: Dataset, records: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The record of this very experiment and seed on these very images, under whatever name it ran."""
+    images = features.fingerprint(e, data)
+    same = [r for r in results.of(e, records) if r["seed"] == e.seed and r["data"]["fingerprint"] == images]
+    return same[0] if same else None
+
+
+def predict(todo: list[Experiment], data: Dataset) -> float:
+    """Seconds that all of them will take here; compiles and times each different program once."""
+    rates, total = {}, 0.0
+    for e in todo:
+        key = tuple(getattr(e, name) for name in PROGRAM)
+        ready = training.calibrated(e, len(data.train))
+        size = ready.steps * max(ready.expected_batch_size, 1)
+        if key not in rates:
+            rates[key] = cost.predict(ready, features.prepare(e, data), repeats=1).seconds / size
+        total += rates[key] * size
+    return total
+
+
+def run(todo: list[Experiment], data: Dataset, root: str | pathlib.Path, say=print) -> Sweep:
+    """Trains what is not finished below `root`, says how long it will take, and goes on after failures.
+
+    Args:
+      todo: from `plan`.
+      data: images, as `dpnb.data.load` gives them.
+      root: of one directory per experiment and seed, with checkpoints, ledger and record.
+      say: prints one line.
+    """
+    records = results.load(root)
+    done = {e: finished(e, data, records) for e in todo}
+    left = [e for e in todo if done[e] is None]
+    failures = {}
+    say(f"{len(todo)} cells, {len(todo) - len(left)} of them finished")
+    if left:
+        seconds = predict(left, data)
+        say(
+            f"the other {len(left)}: about {seconds / 60:.0f} minutes of training on {jax.devices()[0].device_kind}"
+        )
+    for number, e in enumerate(left, 1):
+        label = f"{e.name}, seed {e.seed}"
+        say(f"[{number}/{len(left)}] {label}")
+        try:
+            ready = features.prepare(e, data)
+            trained = training.train(e, ready, directory(root, e))
+            done[e] = results.save(trained, ready, directory(root, e))
+            say(f"    EMA {done[e]['accuracy']['ema']:.2f} %, {done[e]['seconds'] / 60:.1f} minutes")
+        except Exception as error:  # the other cells are worth having
+            failures[label] = f"{type(error).__name__}: {error}"
+            directory(root, e).mkdir(parents=True, exist_ok=True)
+            (directory(root, e) / "failure.txt").write_text(traceback.format_exc())
+            say(f"    failed: {failures[label]}")
+    for label, why in failures.items():
+        say(f"failed: {label}: {why}")
+    return Sweep([r for r in done.values() if r is not None], failures)
