@@ -2,15 +2,22 @@
 
 import argparse
 import ast
+import dataclasses
+import difflib
+import functools
 import json
+import math
 import os
 import pathlib
 import sys
 
+import dpnb
 from dpnb import experiments
+from dpnb.experiments import cifar10
 
 NOTEBOOKS = pathlib.Path(__file__).parents[1] / "notebooks"
 NOTEBOOK = "cifar10_from_scratch.ipynb"
+FIELDS = [f.name for f in dataclasses.fields(experiments.Experiment)]
 TABLES = {"cifar10": "cifar10/[ws]*/eps*", "digits": "digits/*"}
 
 
@@ -21,13 +28,14 @@ def main(arguments: list[str] | None = None) -> int:
     add = commands.add_parser("list", help="experiments, what the paper reports, and their status")
     add.add_argument("pattern", nargs="?", default="*", help="shell pattern, e.g. 'cifar10/*'")
     add.add_argument("--results", default="results", help="directory of records")
-    add = commands.add_parser("run", help="execute an experiment's notebook with papermill")
-    add.add_argument("name", help="as `dpnb list` shows it")
+    add = commands.add_parser("run", help="execute an experiment's notebook with papermill, or a sweep")
+    add.add_argument("name", help="as `dpnb list` shows it, or a shell pattern of several: a sweep")
     add.add_argument("--preset", choices=experiments.PRESETS, default="smoke")
     add.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a hyper-parameter"
     )
     add.add_argument("--seed", type=int, default=0)
+    add.add_argument("--seeds", type=int, metavar="N", help="seeds 0 ... N - 1 of each: a sweep")
     add.add_argument("--secret-seed", action="store_true", help="draw the seed and publish it nowhere")
     add.add_argument("--out", type=pathlib.Path, help="directory (default runs/NAME/PRESET-seedSEED)")
     add.add_argument("--data-dir", default="", help="TFDS directory")
@@ -45,23 +53,35 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return {"list": list_, "run": run, "table": table, "verify": verify}[options.command](options)
-    except (KeyError, TypeError, ValueError, FileNotFoundError) as error:
+    except OSError as error:
+        print(f"dpnb: {error}", file=sys.stderr)
+    except (KeyError, TypeError, ValueError) as error:
         print(f"dpnb: {error.args[0] if error.args else error}", file=sys.stderr)
-        return 2
+    except KeyboardInterrupt:
+        print("dpnb: stopped; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    return 2
 
 
 def list_(options) -> int:
     from dpnb import results
 
+    if not experiments.names(options.pattern):
+        raise KeyError(f"no experiment matches {options.pattern!r}; `dpnb list` shows all")
     records = results.load(options.results)
     for name in experiments.names(options.pattern):
         e = experiments.get(name)
         paper = results.spread(e.paper_mean, e.paper_std) + (" %" if e.paper_mean else "")
         status = results.status(e, records)
+        source = e.paper_source.replace(cifar10.UNVERIFIED, "unverified")
         print(
-            f"{name:24} epsilon {e.epsilon:g}, delta {e.delta:g}  paper: {paper:14} {status:34} {e.paper_source}"
+            f"{name:42} epsilon {e.epsilon or math.nan:g}, delta {e.delta:g}  paper: {paper:14} {status:24} {source}"
         )
     return 0
+
+
+def _or(close: list[str]) -> str:
+    return f"did you mean {' or '.join(close)}?" if close else "none is close"
 
 
 def changes(pairs: list[str]) -> dict:
@@ -75,6 +95,9 @@ def changes(pairs: list[str]) -> dict:
         key, equals, text = pair.partition("=")
         if not equals:
             raise ValueError(f"--set takes KEY=VALUE, got {pair!r}")
+        if key not in FIELDS:
+            close = difflib.get_close_matches(key, FIELDS, 2)
+            raise ValueError(f"no hyper-parameter {key!r}; {_or(close)} (all: {', '.join(FIELDS)})")
         try:
             made[key] = float(text) if text in ("inf", "-inf") else ast.literal_eval(text)
         except (ValueError, SyntaxError):
@@ -82,12 +105,41 @@ def changes(pairs: list[str]) -> dict:
     return made
 
 
+def run_sweep(options) -> int:
+    """Every cell of a pattern, in this process: no notebooks, the same records."""
+    from dpnb import data, results, sweep
+
+    if options.secret_seed:
+        raise ValueError(
+            "a sweep has published seeds, got --secret-seed; run one experiment at a time with it"
+        )
+    asked = changes(options.set)
+    todo = sweep.plan(options.name, options.preset, options.seeds or 1, data_note=options.data_note, **asked)
+    (dataset,) = {e.dataset for e in todo} if len({e.dataset for e in todo}) == 1 else (None,)
+    if dataset is None:
+        raise ValueError(f"a sweep reads one data set, got those of {options.name!r}; narrow the pattern")
+    loaded = data.load(
+        dataset, data_dir=options.data_dir or None, file=options.data_file or None,
+        validation=todo[0].validation, note=options.data_note,
+    )  # fmt: skip
+    dpnb.use_compilation_cache()
+    root = options.out or pathlib.Path("runs")
+    made = sweep.run(todo, loaded, root, say=functools.partial(print, flush=True))
+    frame = results.summary([e for e in todo if e.seed == 0], made.records)
+    print("\n" + frame.round(2).to_string(index=False))
+    print(f"records: {root}")
+    return 1 if made.failures else 0
+
+
 def run(options) -> int:
+    if options.seeds or any(c in options.name for c in "*?["):
+        return run_sweep(options)
     seed = None if options.secret_seed else options.seed
     asked = changes(options.set)
     experiments.get(options.name, options.preset, seed=seed, **asked)  # refuses before it starts
     which = "secret" if seed is None else f"seed{seed}"
-    out = options.out or pathlib.Path("runs") / options.name / f"{options.preset}-{which}"
+    changed = "".join(f"-{key}={value}" for key, value in sorted(asked.items()))
+    out = options.out or pathlib.Path("runs") / options.name / f"{options.preset}-{which}{changed}"
     parameters = dict(
         experiment=options.name, preset=options.preset, seed=seed, changes=asked,
         data_dir=str(options.data_dir and pathlib.Path(options.data_dir).absolute()),
@@ -103,16 +155,17 @@ def run(options) -> int:
     os.environ.setdefault("DPNB_PROGRESS", "plain")
     import papermill
 
-    executed = out / NOTEBOOK
+    executed, unfinished = out / NOTEBOOK, out / f"unfinished-{NOTEBOOK}"
     try:
         papermill.execute_notebook(
-            NOTEBOOKS / NOTEBOOK, executed, parameters, cwd=out, log_output=False, progress_bar=False,
+            NOTEBOOKS / NOTEBOOK, unfinished, parameters, cwd=out, log_output=False, progress_bar=False,
             stdout_file=sys.stdout, stderr_file=sys.stderr, kernel_name="python3",
         )  # fmt: skip
     except papermill.PapermillExecutionError as error:
         print(f"dpnb: {options.name} failed: {error.ename}: {error.evalue}", file=sys.stderr)
-        print(f"dpnb: the executed notebook is {executed}; the same command goes on where it stopped")
+        print(f"dpnb: the notebook up to there is {unfinished}")
         return 1
+    unfinished.replace(executed)  # only now: a refused run leaves an earlier one's notebook alone
     from dpnb import results
 
     print("\n" + results.row(json.loads((out / "result.json").read_text())))
@@ -126,6 +179,8 @@ def table(options) -> int:
     pattern = TABLES.get(options.name, options.name)
     if not experiments.names(pattern):
         raise KeyError(f"no experiment matches {pattern!r}; see `dpnb list`")
+    if not pathlib.Path(options.results).is_dir():
+        print(f"dpnb: no directory {options.results}, so no run of ours is in the table", file=sys.stderr)
     frame = results.table(pattern, results.load(options.results))
     if options.write:
         options.write.write_text(results.insert(options.write.read_text(), options.name, frame))
@@ -139,7 +194,7 @@ def verify(options) -> int:
 
     report = verification.verify(options.record, data_dir=options.data_dir, data_file=options.data_file)
     print("\n".join(report.lines))
-    return 0 if report.ok else 1
+    return 1 if not report.ok else 0 if report.complete else 3
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 
 def curve(result: dict[str, Any]) -> Figure:
-    """Test accuracy and training loss over updates, epsilon on a second axis.
+    """Test accuracy and training loss over updates.
 
     Args:
       result: a record, as `dpnb.results.record` makes it.
@@ -92,4 +92,105 @@ def confusion(labels: np.ndarray, predictions: np.ndarray, classes: tuple[str, .
             for j in range(n):
                 colour = "white" if percent[i, j] > 50 else "black"
                 axis.text(j, i, f"{percent[i, j]:.0f}", ha="center", va="center", fontsize=8, color=colour)
+    return figure
+
+
+def bars(frame, title: str, reference: dict[str, float] | None = None) -> Figure:
+    """One bar per cell of a study, with its standard deviation where there are several runs.
+
+    Args:
+      frame: from `dpnb.results.summary`; cells without runs are named, without a bar.
+      title: above the figure.
+      reference: values of others to mark, {cell: accuracy in percent}.
+    """
+    figure, axis = plt.subplots(figsize=(8, 0.5 * len(frame) + 1.6), layout="constrained")
+    places = np.arange(len(frame))
+    axis.barh(places, frame["ema"], xerr=frame["ema_std"], color="C0", alpha=0.8, label="ours (mean, std)")
+    for place, (_, row) in zip(places, frame.iterrows(), strict=True):
+        text = f"{row['ema']:.1f} (n = {row['n']})" if row["n"] else "not run at this scale"
+        axis.text((row["ema"] if row["n"] else 0) + 1, place, text, va="center", fontsize=8)
+    if reference:
+        known = [(p, reference[c]) for p, c in zip(places, frame["cell"], strict=True) if c in reference]
+        axis.plot([v for _, v in known], [p for p, _ in known], "kD", label="others, full scale")
+    axis.set_yticks(places, frame["cell"])
+    axis.invert_yaxis()
+    axis.set(xlabel="test accuracy, averaged parameters (%)", title=title, xlim=(0, None))
+    axis.margins(x=0.15)
+    axis.grid(alpha=0.3, axis="x")
+    axis.legend(fontsize=8)
+    return figure
+
+
+def lines(groups: dict[str, Any], x: str, xlabel: str, title: str, log: bool = True) -> Figure:
+    """Accuracy against one quantity, one line per group.
+
+    Args:
+      groups: {label: frame of `dpnb.results.summary` with a further column `x`}.
+      x: that column.
+      log: logarithmic in x, base 2.
+    """
+    figure, axis = plt.subplots(figsize=(6.5, 4), layout="constrained")
+    for label, frame in groups.items():
+        shown = frame[frame["n"] > 0]
+        axis.errorbar(
+            shown[x], shown["ema"], yerr=shown["ema_std"].fillna(0), fmt="o-", capsize=3, label=label
+        )
+    if log:
+        axis.set_xscale("log", base=2)
+        ticks = sorted({v for frame in groups.values() for v in frame[x]})
+        axis.set_xticks(ticks, [f"{v:g}" for v in ticks])
+        axis.minorticks_off()
+    axis.set(xlabel=xlabel, ylabel="test accuracy, averaged parameters (%)", title=title)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    return figure
+
+
+def grid(frame, rows: str, columns: str, title: str) -> Figure:
+    """Accuracy over two quantities, as a coloured table.
+
+    Args:
+      frame: from `dpnb.results.summary`, with two further columns `rows` and `columns`.
+    """
+    table = frame.pivot(index=rows, columns=columns, values="ema")
+    figure, axis = plt.subplots(
+        figsize=(1.3 * len(table.columns) + 2.5, 0.7 * len(table) + 1.6), layout="constrained"
+    )
+    shown = axis.imshow(table, cmap="viridis")
+    figure.colorbar(shown, label="test accuracy (%)")
+    middle = np.nanmean(table.to_numpy()) if np.isfinite(table.to_numpy()).any() else 0
+    for i, values in enumerate(table.to_numpy()):
+        for j, value in enumerate(values):
+            text = f"{value:.1f}" if np.isfinite(value) else "-"
+            axis.text(j, i, text, ha="center", va="center", color="black" if value > middle else "white")
+    axis.set_xticks(range(len(table.columns)), [f"{v:g}" for v in table.columns])
+    axis.set_yticks(range(len(table)), [f"{v:g}" for v in table.index])
+    axis.set(xlabel=columns.replace("_", " "), ylabel=rows.replace("_", " "), title=title)
+    return figure
+
+
+def accuracy_epsilon(series: dict[str, list[tuple[float, float, float | None]]], title: str) -> Figure:
+    """Test accuracy against epsilon.
+
+    Args:
+      series: {label: [(epsilon, accuracy in percent, standard deviation or None), ...]}; labels that
+        begin with "ours" are drawn filled and thick, the others thin.
+    """
+    figure, axis = plt.subplots(figsize=(9, 6), layout="constrained")
+    markers = "osv^D<>Pp*hXd"
+    for i, (label, points) in enumerate(series.items()):
+        points = sorted(points)
+        epsilons, accuracies = [p[0] for p in points], [p[1] for p in points]
+        ours = label.startswith("ours")
+        axis.errorbar(
+            epsilons, accuracies, yerr=[p[2] or 0 for p in points], marker=markers[i % len(markers)],
+            linewidth=2 if ours else 1, linestyle="-" if ours else "--", markersize=8 if ours else 5,
+            markerfacecolor=None if ours else "white", label=label,
+        )  # fmt: skip
+    axis.set_xscale("log", base=2)
+    axis.set_xticks([1, 2, 3, 4, 6, 8], ["1", "2", "3", "4", "6", "8"])
+    axis.minorticks_off()
+    axis.set(xlabel="epsilon (at delta = 1e-5)", ylabel="CIFAR-10 test accuracy (%)", title=title)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure

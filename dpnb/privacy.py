@@ -176,6 +176,7 @@ def _cached_epsilon(mechanism: Mechanism, steps: int, delta: float, accountant: 
     return epsilon(mechanism, steps, delta, accountant)
 
 
+@functools.lru_cache(maxsize=256)
 def calibrate_noise(
     budget: PrivacyBudget, sampling_probability: float, steps: int, accountant: str = "pld"
 ) -> float:

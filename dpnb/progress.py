@@ -58,7 +58,7 @@ class Progress:
             "loss": f"{point['train_loss']:.3f}",
             "train": f"{point['train_accuracy']:.1f}%",
             **self.accuracies,
-            "epsilon": f"{point['epsilon']:.3g}",
+            "epsilon <=": f"{point['epsilon']:.3g}",
             "examples/s": "-" if first else f"{self.examples / elapsed:.0f}",
         }
         if self.bar is not None:

@@ -12,7 +12,7 @@ import subprocess
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save as serialised
 
 from dpnb import experiments, ledger, privacy
 from dpnb.data import Dataset
@@ -77,7 +77,7 @@ def save(run: Run, data: Dataset, directory: str | pathlib.Path) -> dict[str, An
     """Writes `result.json` and the averaged parameters (`ema.safetensors`, float32)."""
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(flatten(run.ema_params), directory / "ema.safetensors")
+    write_whole(directory / "ema.safetensors", serialised(flatten(run.ema_params)))
     made = record(run, data)
     write_whole(directory / "result.json", json.dumps(made, indent=1, allow_nan=False) + "\n")
     return made
@@ -132,6 +132,18 @@ def of(experiment: experiments.Experiment, records: list[dict[str, Any]]) -> lis
     return [r for r in records if not r["stopped"] and same(r)]
 
 
+def cell(name: str, preset: str, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records of one cell of a table, one per seed: runs whose settings were changed are others."""
+    runs = [
+        r
+        for r in of(experiments.get(name, preset), records)
+        if (r["experiment"], r["preset"]) == (name, preset)
+    ]
+    return list({r["seed"]: r for r in runs if r["seed"] is not None}.values()) + [
+        r for r in runs if r["seed"] is None
+    ]
+
+
 def row(result: dict[str, Any]) -> str:
     """One run in one line, beside the paper's number."""
     p, paper = result["privacy"], result["paper"]
@@ -158,7 +170,8 @@ def table(pattern: str, results: list[dict[str, Any]]):
       results: records, as `load` returns them.
     Returns:
       pandas.DataFrame; ours is EMA accuracy in percent, mean +- standard deviation over n seeds.
-      A difference is shown at preset "paper" only: other presets are other experiments.
+      A difference is shown at preset "paper" only: other presets are other experiments. Runs whose
+      hyper-parameters were changed are experiments without a name, and not in it.
     """
     import pandas
 
@@ -167,14 +180,13 @@ def table(pattern: str, results: list[dict[str, Any]]):
         e = experiments.get(name)
         paper = spread(e.paper_mean, e.paper_std)
         flag = " (unverified)" if "unverified" in e.paper_source else ""
-        mine = [r for r in results if r["experiment"] == name and not r["stopped"]]
         base = {"experiment": name, "epsilon": e.epsilon, "paper": paper + flag}
         for preset in experiments.PRESETS:
-            runs = [r for r in mine if r["preset"] == preset]
+            runs = cell(name, preset, results)
             if runs:
                 rows.append({**base, **_ours(runs, preset, e)})
-        if not any(r["preset"] == "paper" for r in mine):
-            rows.append({**base, "preset": "paper", "ours": "-", "status": "runnable"})
+            elif preset == "paper":
+                rows.append({**base, "preset": "paper", "ours": "-", "status": "runnable"})
     columns = [
         "experiment",
         "epsilon",
@@ -192,16 +204,68 @@ def table(pattern: str, results: list[dict[str, Any]]):
 
 def status(experiment: experiments.Experiment, results: list[dict[str, Any]]) -> str:
     """ "reproduced (n runs)" where records at preset "paper" exist, else "runnable" and what was run."""
-    presets = [r["preset"] for r in results if r["experiment"] == experiment.name and not r["stopped"]]
-    if "paper" in presets and experiment.paper_mean is not None:
-        return f"reproduced ({presets.count('paper')} runs)"
-    smaller = ", ".join(p for p in experiments.PRESETS if p in presets)
+    runs = {preset: len(cell(experiment.name, preset, results)) for preset in experiments.PRESETS}
+    if runs["paper"] and experiment.paper_mean is not None:
+        return f"reproduced ({runs['paper']} runs)"
+    smaller = ", ".join(p for p in experiments.PRESETS if runs[p])
     return f"runnable (run at {smaller})" if smaller else "runnable"
 
 
 def spread(mean: float | None, std: float | None) -> str:
     """ "81.4 +- 0.2", "81.4" where the spread is unknown, "-" where nothing is."""
     return "-" if mean is None else f"{mean}" if std is None else f"{mean} +- {std}"
+
+
+def summary(cells: list[experiments.Experiment], records: list[dict[str, Any]]):
+    """Mean, standard deviation and number of runs of each cell of a study, one run per seed.
+
+    Args:
+      cells: at one preset, seed of no matter; each takes the records that `of` finds for it.
+      records: as `load` returns them.
+    Returns:
+      pandas.DataFrame, one row per cell, in that order: cell, epsilon (PLD; what the runs spent),
+      noise_multiplier, ema and raw accuracy in percent, ema_std (NaN for one run), n, minutes, and
+      `scale` (the network and batch in words). Cells without records have n = 0.
+    """
+    import pandas
+
+    rows = []
+    for e in cells:
+        runs = list({r["seed"]: r for r in of(e, records)}.values())
+        ema = [r["accuracy"]["ema"] for r in runs]
+
+        def mean(values):
+            values = [math.nan if v is None else v for v in values]
+            return float(np.mean(values)) if values else math.nan
+
+        rows.append(
+            {
+                "cell": e.name.split("/")[-1],
+                "epsilon": mean([r["privacy"]["epsilon_pld"] for r in runs]),
+                "noise_multiplier": mean([r["privacy"]["noise_multiplier"] for r in runs]),
+                "ema": mean(ema),
+                "ema_std": float(np.std(ema, ddof=1)) if len(ema) > 1 else math.nan,
+                "raw": mean([r["accuracy"]["raw"] for r in runs]),
+                "n": len(runs),
+                "minutes": mean([r["seconds"] / 60 for r in runs]),
+                "scale": f"WRN-{e.depth}-{e.width}, B {e.expected_batch_size}, {e.steps} updates, K {e.augmult}",
+            }
+        )
+    return pandas.DataFrame(rows)
+
+
+def paired(
+    a: experiments.Experiment, b: experiments.Experiment, records: list[dict[str, Any]], which: str = "ema"
+) -> tuple[float, float, int]:
+    """Accuracy of `a` minus that of `b` over the seeds that both have: mean, standard deviation, n.
+
+    The standard deviation is NaN for fewer than two seeds, the mean for none.
+    """
+    by_seed = [{r["seed"]: r["accuracy"][which] for r in of(e, records)} for e in (a, b)]
+    differences = [by_seed[0][seed] - by_seed[1][seed] for seed in by_seed[0] if seed in by_seed[1]]
+    n = len(differences)
+    mean = float(np.mean(differences)) if n else math.nan
+    return mean, float(np.std(differences, ddof=1)) if n > 1 else math.nan, n
 
 
 def markdown(frame) -> str:

@@ -26,6 +26,18 @@ class Sweep:
     failures: dict[str, str]
 
 
+def cells(pattern: str, preset: str, **changes) -> list[Experiment]:
+    """The experiments that match, at that scale, in the order of the registry.
+
+    Raises:
+      KeyError: nothing matches.  ValueError, TypeError: bad hyper-parameters.
+    """
+    names = experiments.names(pattern)
+    if not names:
+        raise KeyError(f"no experiment matches {pattern!r}; see `dpnb list`")
+    return [experiments.get(name, preset, **changes) for name in names]
+
+
 def plan(pattern: str, preset: str, seeds: int = 1, **changes) -> list[Experiment]:
     """The experiments that match, at that scale; one for each of the seeds 0 ... seeds - 1.
 
@@ -34,15 +46,12 @@ def plan(pattern: str, preset: str, seeds: int = 1, **changes) -> list[Experimen
     Raises:
       KeyError: nothing matches.  ValueError: seeds below 1, or bad hyper-parameters.
     """
-    names = experiments.names(pattern)
-    if not names:
-        raise KeyError(f"no experiment matches {pattern!r}; see `dpnb list`")
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
-    cells = {}
-    for e in [experiments.get(name, preset, **changes) for name in names]:
-        cells.setdefault(e.fingerprint(), e)
-    return [e.replace(seed=seed) for seed in range(seeds) for e in cells.values()]
+    different = {}
+    for e in cells(pattern, preset, **changes):
+        different.setdefault(e.fingerprint(), e)
+    return [e.replace(seed=seed) for seed in range(seeds) for e in different.values()]
 
 
 def directory(root: str | pathlib.Path, e: Experiment) -> pathlib.Path:

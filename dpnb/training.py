@@ -38,7 +38,8 @@ class Run:
       fractions are not private.
     raw, ema: evaluations of the final parameters, last iterate and averaged.
     events: the ledger, run-length coded, as `dpnb.privacy` reads it.
-    seconds: wall time of training in this process, evaluation and compilation included.
+    seconds: wall time of training, evaluation and compilation included, over all processes that
+    took part one after another.
     """
 
     experiment: Experiment
@@ -142,26 +143,29 @@ def train(
     checkpoints = Checkpoints(directory, fingerprint)
     state, notes = checkpoints.restore(trainer.state)
     history, line = notes.get("history", []), notes.get("lineage", "")
+    before = notes.get("seconds", 0.0) - began
     mechanism = experiment.mechanism(len(data.train))
     budget = privacy.PrivacyBudget(experiment.epsilon, experiment.delta)
     journal = directory / "ledger.jsonl" if jax.process_index() == 0 else None
+    start = int(state.step)
     allowed = {mechanism: allowed_steps} if allowed_steps else None
     evaluate, stopped, saved = make_evaluate(trainer.apply), "", time.monotonic()
 
     def save():
         notes = {"history": history, "events": ledger.events(), "lineage": line}
+        notes["seconds"] = before + time.monotonic()
         checkpoints.save(state, notes)
 
     with (
         Ledger(journal, budget, experiment.accountant, allowed_steps=allowed) as ledger,
-        Progress(experiment.steps, int(state.step)) as progress,
+        Progress(experiment.steps, start) as progress,
     ):
         if journal:
             # A checkpoint whose ledger was deleted is not continued.
             ledger.check_includes(notes.get("events", []))
         spent = epsilon_spent(mechanism, experiment)
         try:
-            for step in range(int(state.step), experiment.steps):
+            for step in range(start, experiment.steps):
                 if step == stop_at_step:
                     stopped = f"stopped on purpose after {step} of {experiment.steps} updates"
                     break
@@ -197,7 +201,7 @@ def train(
         ema=evaluate(state.ema, data.test),
         events=events,
         steps=int(state.step),
-        seconds=time.monotonic() - began,
+        seconds=before + (time.monotonic() if int(state.step) > start else began),
         devices=hardware,
         stopped=stopped,
     )
@@ -253,9 +257,11 @@ def accounting_grid(steps: int, points: int = 8) -> list[int]:
 def epsilon_spent(mechanism: privacy.Mechanism, experiment: Experiment) -> Callable[[int], float]:
     """A cheap function steps -> epsilon, never below the true one.
 
-    The accountant runs on a coarse grid; between two of its points the later one's epsilon is given.
+    Exact at the points of the curve (up to 30 of them); between two, the later one's epsilon is given.
     """
-    grid = accounting_grid(experiment.steps)
+    every = experiment.eval_every or experiment.steps
+    grid = [*range(every, experiment.steps, every), experiment.steps]
+    grid = grid if len(grid) <= 30 else accounting_grid(experiment.steps)
     try:
         curve = privacy.epsilon_curve(mechanism, grid, experiment.delta, experiment.accountant)
     except privacy.MissingAccountant:

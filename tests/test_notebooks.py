@@ -31,32 +31,51 @@ def assignments(source) -> dict:
     return made
 
 
-def test_format():
-    nbformat.validate(NOTEBOOK)
-    assert NOTEBOOK.nbformat == 4 and NOTEBOOK.nbformat_minor >= 5
-    ids = [cell.id for cell in json_cells()]
+ALL = {path.name: path for path in sorted(shared_runs.NOTEBOOK.parent.glob("*.ipynb"))}
+everyone = pytest.mark.parametrize("path", ALL.values(), ids=ALL)
+
+
+@everyone
+def test_format(path):
+    notebook = nbformat.read(path, 4)
+    nbformat.validate(notebook)
+    assert notebook.nbformat == 4 and notebook.nbformat_minor >= 5
+    # As they stand in the file: nbformat would make up ids that are missing.
+    ids = [cell.get("id") for cell in json.loads(path.read_text())["cells"]]
     assert len(set(ids)) == len(ids) and all(ids)
 
 
-def json_cells():
-    """Cells as they stand in the file: nbformat would make up ids that are missing."""
-    raw = json.loads(shared_runs.NOTEBOOK.read_text())
-    return [nbformat.NotebookNode(cell) for cell in raw["cells"]]
-
-
-def test_nothing_executed_is_committed():
-    assert "widgets" not in NOTEBOOK.metadata
-    for cell in CODE:
-        assert cell.outputs == [] and cell.execution_count is None
+@everyone
+def test_nothing_executed_is_committed(path):
+    notebook = nbformat.read(path, 4)
+    assert "widgets" not in notebook.metadata
+    for cell in notebook.cells:
+        assert not cell.get("outputs") and cell.get("execution_count") is None
         assert not {"execution", "papermill", "ExecuteTime"} & set(cell.metadata)
-    assert not tagged("injected-parameters")
+    assert not tagged("injected-parameters", notebook)
 
 
-@pytest.mark.parametrize("cell", CODE, ids=lambda cell: cell.id)
-def test_every_code_cell_compiles(cell):
+@everyone
+def test_every_code_cell_compiles(path):
     """As plain Python: no magics, so that papermill, nbconvert and Colab run the same code."""
-    compile(cell.source, cell.id, "exec")
-    assert not re.search(r"^\s*[%!]", cell.source, re.M)
+    for cell in nbformat.read(path, 4).cells:
+        if cell.cell_type == "code":
+            compile(cell.source, cell.id, "exec")
+            assert not re.search(r"^\s*[%!]", cell.source, re.M)
+
+
+@everyone
+def test_every_notebook_has_its_badge_set_up_and_parameters(path):
+    """The badge names this very file; the set-up cell is the same everywhere; parameters come first."""
+    notebook = nbformat.read(path, 4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert "colab-badge.svg" in notebook.cells[0].source
+    assert f"/blob/main/notebooks/{path.name})" in notebook.cells[0].source
+    (parameters,), (setup,) = tagged("parameters", notebook), tagged("colab", notebook)
+    assert parameters is code[0] and assignments(parameters.source)
+    assert all("# @param" in line for line in parameters.source.splitlines() if line.strip())
+    assert setup.source == tagged("colab")[0].source
+    assert "2204.13650" in notebook.cells[-1].source
 
 
 def test_parameters_are_literals_and_those_that_the_command_line_passes(monkeypatch, tmp_path):

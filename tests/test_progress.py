@@ -33,7 +33,7 @@ def test_few_plain_lines(clock, capsys, total):
     lines = out.splitlines()
     assert 1 <= len(lines) <= 21 and "\r" not in out + err
     assert lines[-1].startswith(f"update {total}/{total} ")
-    for said in ("loss 1.500", "train 40.0%", "epsilon 0.75", "examples/s", "time left"):
+    for said in ("loss 1.500", "train 40.0%", "epsilon <= 0.75", "examples/s", "time left"):
         assert said in lines[-1]
 
 

@@ -2,14 +2,14 @@
 
 import pathlib
 
-from dpnb import results
+from dpnb import cli, results
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
 def test_result_table_comes_from_the_records():
     document = (ROOT / "README.md").read_text()
-    table = results.table("cifar10/*", results.load(ROOT / "results"))
+    table = results.table(cli.TABLES["cifar10"], results.load(ROOT / "results"))
     fresh = results.insert(document, "cifar10", table)
     assert fresh == document, "renew it: dpnb table cifar10 --write README.md"
 

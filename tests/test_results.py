@@ -1,6 +1,7 @@
 """Records describe themselves, hide the secret seed, and can be checked from their own files."""
 
 import copy
+import dataclasses
 import json
 import math
 import shutil
@@ -129,6 +130,7 @@ def test_infinite_epsilon_is_null(tiny):
     free = run.experiment.replace(epsilon=math.inf, noise_multiplier=0.0, clip_norm=math.inf)
     object.__setattr__(run, "experiment", free)
     object.__setattr__(run, "events", [{**event, "noise_multiplier": 0.0} for event in run.events])
+    object.__setattr__(run, "history", [{**point, "epsilon": math.inf} for point in run.history])
     r = results.record(run, shared_runs.bands())
     json.dumps(r, allow_nan=False)
     assert r["privacy"]["epsilon_pld"] is None and r["privacy"]["epsilon_target"] is None
@@ -194,9 +196,11 @@ def test_tampered_data(verify, tmp_path):
     assert not report.ok and ["data fingerprint" in line for line in failed(report)] == [True]
 
 
-def made(tiny, name, preset, accuracy, **more):
+def made(tiny, name, preset, accuracy, seed=0, changes=(), **more):
+    """A record of that cell; `changes` to its hyper-parameters make it another experiment."""
     r = copy.deepcopy(tiny.result)
-    r.update(experiment=name, preset=preset, **more)
+    hyper = dataclasses.asdict(experiments.get(name, preset).replace(seed=seed, **dict(changes)))
+    r.update(experiment=name, preset=preset, seed=seed, hyper_parameters=hyper, **more)
     r["accuracy"]["ema"] = accuracy
     return r
 
@@ -211,8 +215,8 @@ def row(frame, preset):
 
 
 def test_table_of_nothing_is_runnable():
-    frame = results.table("cifar10/*", [])
-    assert list(frame["experiment"]) == experiments.names("cifar10/*")
+    frame = results.table("cifar10/wrn-*", [])
+    assert list(frame["experiment"]) == experiments.names("cifar10/wrn-*")
     assert set(frame["status"]) == {"runnable"} and set(frame["ours"]) == {"-"}
     flagged = frame["paper"].str.contains("unverified")
     assert list(frame["experiment"][~flagged]) == [CELL]
@@ -220,15 +224,40 @@ def test_table_of_nothing_is_runnable():
 
 
 def test_table_mean_spread_and_difference(tiny):
-    full = [made(tiny, CELL, "paper", a, seconds=120.0) for a in (80.0, 81.0, 82.0)]
+    full = [made(tiny, CELL, "paper", 80.0 + seed, seed, seconds=120.0) for seed in range(3)]
     stopped = made(tiny, CELL, "paper", 1.0, stopped="killed")
-    frame = results.table("cifar10/*", [*full, stopped, made(tiny, CELL, "smoke", 40.0)])
+    frame = results.table("cifar10/wrn-*", [*full, stopped, made(tiny, CELL, "smoke", 40.0)])
     paper, smoke = row(frame, "paper"), row(frame, "smoke")
     assert (paper["ours"], paper["n"], paper["difference"]) == ("81.0 +- 1.0", 3, "-0.4")
     assert (paper["minutes"], paper["status"]) == ("2.0", "reproduced")
     assert (smoke["ours"], smoke["n"], smoke["difference"]) == ("40.0", 1, "-")  # another experiment
     assert smoke["status"] == "run at smaller scale"
-    assert len(frame) == 13
+    assert len(frame) == 1 + len(experiments.names("cifar10/wrn-*"))
+
+
+def test_a_changed_run_is_not_in_the_table(tiny):
+    """Another depth or budget is another experiment, whatever its name; a physical batch is not."""
+    changed = [
+        made(tiny, CELL, "paper", 99.0, changes={"depth": 16}),
+        made(tiny, CELL, "paper", 99.0, changes={"epsilon": 9.0}),
+    ]
+    frame = results.table(CELL, changed)
+    assert (
+        list(frame["status"]) == ["runnable"] and results.status(experiments.get(CELL), changed) == "runnable"
+    )
+    same = made(tiny, CELL, "paper", 80.0, changes={"physical_batch_size": 7, "noise_multiplier": 2.5})
+    assert row(results.table(CELL, [*changed, same]), "paper")["ours"] == "80.0"
+
+
+def test_one_seed_counts_once(tiny):
+    """The same run, recorded in two directories; secret seeds are all different."""
+    twice = [made(tiny, CELL, "paper", 80.0, seconds=60.0), made(tiny, CELL, "paper", 80.0, seconds=60.0)]
+    assert row(results.table(CELL, twice), "paper")["n"] == 1
+    secret = [
+        made(tiny, CELL, "paper", 80.0, None, seconds=60.0),
+        made(tiny, CELL, "paper", 81.0, None, seconds=60.0),
+    ]
+    assert row(results.table(CELL, [*twice, *secret]), "paper")["n"] == 3
 
 
 def test_table_marks_nominal_epsilons(tiny):
@@ -246,7 +275,7 @@ def test_markdown(tiny):
 def test_load_finds_records_oldest_first(tiny, tmp_path):
     for name, finished in (("b/x", "2030-01-02"), ("a/y", "2030-01-03"), ("c", "2030-01-01")):
         (tmp_path / name).mkdir(parents=True)
-        text = json.dumps(made(tiny, name, "smoke", 1.0, finished=finished))
+        text = json.dumps({**tiny.result, "experiment": name, "finished": finished})
         (tmp_path / name / "result.json").write_text(text)
     assert [r["experiment"] for r in results.load(tmp_path)] == ["c", "b/x", "a/y"]
     assert results.load(tmp_path / "nothing here") == []

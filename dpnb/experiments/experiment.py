@@ -84,6 +84,10 @@ class Experiment:
             if not ok:
                 raise ValueError(f"{self.name}: {invariant}, got {got!r}")
 
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(field.default, (int, float)) and value is not None and field.name != "seed":
+                check(isinstance(value, (int, float)), f"{field.name} must be a number", value)
         free = [n for n in ("noise_multiplier", "steps", "epsilon") if getattr(self, n) is None]
         check(len(free) <= 1, "at most one of noise_multiplier, steps, epsilon may be None", free)
         check(

@@ -1,0 +1,157 @@
+"""Sweeps: what is planned, skipped, shared between studies, and survived."""
+
+import json
+import math
+
+import pytest
+import shared_runs
+
+from dpnb import experiments, results, sweep, training, update
+from dpnb.experiments import Experiment, studies
+
+TINY = dict(dataset="bands", steps=2, expected_batch_size=24, delta=1e-3, physical_batch_size=8, augmult=0,
+            accountant="rdp", eval_every=0)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(update, "make_model", shared_runs.linear)
+    monkeypatch.setattr(training, "make_model", shared_runs.linear)
+
+
+def plan(pattern="cifar10/lr-clip/lr1-*", seeds=2, **changes):
+    return sweep.plan(pattern, "smoke", seeds, **{**TINY, **changes})
+
+
+@pytest.fixture(scope="module")
+def done():
+    """Three cells, two seeds, run once; `said` is what it printed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(update, "make_model", shared_runs.linear)
+        patch.setattr(training, "make_model", shared_runs.linear)
+        root, said = shared_runs.temporary("sweep"), []
+        return root, sweep.run(plan(), shared_runs.bands(), root, said.append), said
+
+
+def test_plan():
+    todo = plan()
+    assert [(e.clip_norm, e.seed) for e in todo] == [(c, s) for s in (0, 1) for c in (0.1, 1.0, 10.0)]
+    with pytest.raises(KeyError, match="no experiment matches"):
+        plan("cifar10/lr-clap/*")
+    with pytest.raises(ValueError, match="seeds"):
+        plan(seeds=0)
+
+
+def test_cells_that_are_one_experiment_run_once():
+    """At epsilon 8 and the paper's scale K = 16 is the whole recipe, in five studies."""
+    whole = ["augmult/k16", "batch/b4096", "depth-width/w4", "lr-clip/lr2-c1", "ablation/5-ema"]
+    cells = {experiments.get(f"cifar10/{name}").fingerprint() for name in whole}
+    assert cells == {experiments.get("cifar10/wrn-16-4/eps8").fingerprint()}
+    assert (
+        len(sweep.plan("cifar10/depth-width/*", "paper"))
+        == len(experiments.names("cifar10/depth-width/*")) - 1
+    )
+
+
+def test_records_and_prediction(done):
+    root, made, said = done
+    assert not made.failures and len(made.records) == 6
+    assert "6 cells, 0 of them finished" in said[0] and "minutes of training" in said[1]
+    for e in plan():
+        r = json.loads((sweep.directory(root, e) / "result.json").read_text())
+        assert (r["experiment"], r["seed"], r["privacy"]["steps"]) == (e.name, e.seed, 2)
+
+
+def test_finished_cells_are_skipped(done, monkeypatch):
+    """Also those that another study ran under another name; no other seed, data or setting counts."""
+    root, made, _ = done
+    monkeypatch.setattr(training, "train", lambda *_: pytest.fail("trained again"))
+    said = []
+    again = sweep.run(plan(), shared_runs.bands(), root, said.append)
+    assert again.records == made.records and len(said) == 1
+    e = plan()[1].replace(name="cifar10/elsewhere/x", noise_multiplier=None)
+    records = results.load(root)
+    assert sweep.finished(e, shared_runs.bands(), records)["experiment"] == plan()[1].name
+    for other in (e.replace(seed=7), e.replace(learning_rate=3.0), e.replace(epsilon=4.0)):
+        assert sweep.finished(other, shared_runs.bands(), records) is None
+    records = [{**r, "data": {**r["data"], "fingerprint": "other"}} for r in records]
+    assert sweep.finished(e, shared_runs.bands(), records) is None
+
+
+def test_a_failure_is_listed_and_not_fatal(tmp_path, monkeypatch):
+    train = training.train
+
+    def sometimes(e, *rest):
+        if e.clip_norm == 0.1:
+            raise RuntimeError("out of memory")
+        return train(e, *rest)
+
+    monkeypatch.setattr(training, "train", sometimes)
+    said = []
+    made = sweep.run(plan(seeds=1), shared_runs.bands(), tmp_path, said.append)
+    assert len(made.records) == 2 and list(made.failures.values()) == ["RuntimeError: out of memory"]
+    assert said[-1] == "failed: cifar10/lr-clip/lr1-c0.1, seed 0: RuntimeError: out of memory"
+    assert "out of memory" in next(tmp_path.rglob("failure.txt")).read_text()
+    monkeypatch.setattr(training, "train", train)
+    assert not sweep.run(plan(seeds=1), shared_runs.bands(), tmp_path, said.append).failures
+
+
+def test_an_interrupt_is_not_a_failure(tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "train", stop)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run(plan(seeds=1), shared_runs.bands(), tmp_path, lambda _: None)
+
+
+def test_summary_and_paired_differences(done):
+    _, made, _ = done
+    cells = plan(seeds=1)
+    frame = results.summary(cells, made.records)
+    assert list(frame["cell"]) == ["lr1-c0.1", "lr1-c1", "lr1-c10"] and set(frame["n"]) == {2}
+    accuracies = [[r["accuracy"]["ema"] for r in results.of(e, made.records)] for e in cells]
+    for (_, row), (a, b) in zip(frame.iterrows(), accuracies, strict=True):
+        assert row["ema"] == pytest.approx((a + b) / 2) and row["ema_std"] == pytest.approx(
+            abs(a - b) / math.sqrt(2)
+        )
+    mean, std, n = results.paired(cells[0], cells[1], made.records)
+    d = [x - y for x, y in zip(*accuracies[:2], strict=True)]
+    assert (
+        n == 2 and mean == pytest.approx(sum(d) / 2) and std == pytest.approx(abs(d[0] - d[1]) / math.sqrt(2))
+    )
+    absent = cells[0].replace(epsilon=1.0)
+    assert results.summary([absent], made.records)["n"][0] == 0
+    assert math.isnan(results.paired(absent, cells[0], made.records)[0])
+
+
+@pytest.mark.parametrize("preset", experiments.PRESETS)
+def test_a_study_changes_what_it_studies(preset):
+    """At every preset the cells of a study differ in the field that gives it its name, in that order."""
+
+    def values(pattern, field):
+        return [getattr(experiments.get(name, preset), field) for name in experiments.names(pattern)]
+
+    for pattern, field in (("cifar10/batch/b*", "expected_batch_size"), ("cifar10/batch/t[0-9]*", "steps")):
+        assert values(pattern, field) == sorted(set(values(pattern, field)))
+    views = values("cifar10/augmult/*", "augmult")
+    assert views == sorted(views) and views[:3] == [0, 1, 2]
+    tan = [experiments.get(name, preset) for name in experiments.names("cifar10/batch/tan-*")]
+    assert len({round(e.expected_batch_size / e.noise_multiplier, 6) for e in tan}) == 1
+    assert len({(e.learning_rate, e.clip_norm) for e in plan("cifar10/lr-clip/*", 1)}) == 12
+
+
+def test_the_ladder_adds_one_technique_at_a_time():
+    cells = [experiments.get(f"cifar10/ablation/{i}-{name}") for i, (name, _) in enumerate(studies._LADDER)]
+    changed = [
+        {k for k, v in a.decisive().items() if v != b.decisive()[k]}
+        for a, b in zip(cells, cells[1:], strict=False)
+    ]
+    assert changed == [{"norm"}, {"expected_batch_size"}, {"standardised"}, {"augmult"}, {"ema_decay"}]
+    none, clip = (experiments.get(f"cifar10/ablation/private-{x}") for x in ("none", "clip"))
+    assert (
+        math.isinf(none.clip_norm)
+        and none.noise_multiplier == clip.noise_multiplier == 0
+        and clip.clip_norm == 1
+    )
+    assert isinstance(none, Experiment) and math.isinf(none.epsilon)
