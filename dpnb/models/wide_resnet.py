@@ -10,6 +10,16 @@ from flax import nnx
 from dpnb.models.layers import Conv, Dtype
 
 
+def relu_then_norm(norm: Callable, x: jax.Array) -> jax.Array:
+    """The paper's order."""
+    return norm(nnx.relu(x))
+
+
+def norm_then_relu(norm: Callable, x: jax.Array) -> jax.Array:
+    """The classic order of pre-activation networks, for comparison."""
+    return nnx.relu(norm(x))
+
+
 class Block(nnx.Module):
     """Two times [ReLU -> norm -> 3x3 convolution], plus a skip path.
 
@@ -17,7 +27,7 @@ class Block(nnx.Module):
     `act` is the order of ReLU and norm, see `relu_then_norm`.
     """
 
-    def __init__(self, cin: int, cout: int, stride: int, first: bool, *, conv, norm, act):
+    def __init__(self, cin: int, cout: int, stride: int, first: bool, *, conv, norm, act=relu_then_norm):
         self.act = act
         self.norm1, self.conv1 = norm(cin), conv(cin, cout, 3, stride=stride)
         self.norm2, self.conv2 = norm(cout), conv(cout, cout, 3)
@@ -28,16 +38,6 @@ class Block(nnx.Module):
         skip = x if self.skip_conv is None else self.skip_conv(self.act(self.skip_norm, x))
         y = self.conv1(self.act(self.norm1, x))
         return self.conv2(self.act(self.norm2, y)) + skip
-
-
-def relu_then_norm(norm: Callable, x: jax.Array) -> jax.Array:
-    """The paper's order."""
-    return norm(nnx.relu(x))
-
-
-def norm_then_relu(norm: Callable, x: jax.Array) -> jax.Array:
-    """The classic order of pre-activation networks, for comparison."""
-    return nnx.relu(norm(x))
 
 
 class WideResNet(nnx.Module):
