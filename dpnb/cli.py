@@ -115,11 +115,11 @@ def run_sweep(options) -> int:
         )
     asked = changes(options.set)
     todo = sweep.plan(options.name, options.preset, options.seeds or 1, data_note=options.data_note, **asked)
-    (dataset,) = {e.dataset for e in todo} if len({e.dataset for e in todo}) == 1 else (None,)
-    if dataset is None:
+    datasets = {e.dataset for e in todo}
+    if len(datasets) > 1:
         raise ValueError(f"a sweep reads one data set, got those of {options.name!r}; narrow the pattern")
     loaded = data.load(
-        dataset, data_dir=options.data_dir or None, file=options.data_file or None,
+        datasets.pop(), data_dir=options.data_dir or None, file=options.data_file or None,
         validation=todo[0].validation, note=options.data_note,
     )  # fmt: skip
     dpnb.use_compilation_cache()

@@ -31,12 +31,12 @@ class FeatureSplit:
 class FeatureDataset(Dataset):
     """A data set of features; its identity is that of the images and of how they were made."""
 
-    origin: str = ""
+    identity: str = ""
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the images' fingerprint and the name of the transform."""
-        return hashlib.sha256(self.origin.encode()).hexdigest()
+        return self.identity
 
 
 def prepare(experiment: Experiment, data: Dataset) -> Dataset:
@@ -54,18 +54,19 @@ def fingerprint(experiment: Experiment, data: Dataset) -> str:
     """That of `prepare(experiment, data)`, without computing a feature."""
     if experiment.network == "wrn" or isinstance(data, FeatureDataset):
         return data.fingerprint
-    return hashlib.sha256(_origin(data).encode()).hexdigest()
+    return _identity(data)
 
 
-def _origin(data: Dataset) -> str:
-    return f"scattering J=2 L=8 groups=27 of {data.fingerprint}"
+def _identity(data: Dataset) -> str:
+    origin = f"scattering J=2 L=8 groups=27 of {data.fingerprint}"
+    return hashlib.sha256(origin.encode()).hexdigest()
 
 
 @functools.lru_cache(maxsize=1)
 def _scattered(data: Dataset) -> FeatureDataset:
     transform = jax.jit(scattering_features)
     train, test = (extract(transform, split) for split in (data.train, data.test))
-    return FeatureDataset(data.name, train, test, data.classes, data.note, _origin(data))
+    return FeatureDataset(data.name, train, test, data.classes, data.note, _identity(data))
 
 
 def extract(transform, split: Split, batch_size: int = 500) -> FeatureSplit:

@@ -139,9 +139,13 @@ def cell(name: str, preset: str, records: list[dict[str, Any]]) -> list[dict[str
         for r in of(experiments.get(name, preset), records)
         if (r["experiment"], r["preset"]) == (name, preset)
     ]
-    return list({r["seed"]: r for r in runs if r["seed"] is not None}.values()) + [
-        r for r in runs if r["seed"] is None
-    ]
+    return one_per_seed(runs)
+
+
+def one_per_seed(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of several records of one published seed the last; secret seeds all differ, and all stay."""
+    published = {r["seed"]: r for r in runs if r["seed"] is not None}
+    return [*published.values(), *(r for r in runs if r["seed"] is None)]
 
 
 def row(result: dict[str, Any]) -> str:
@@ -231,7 +235,7 @@ def summary(cells: list[experiments.Experiment], records: list[dict[str, Any]]):
 
     rows = []
     for e in cells:
-        runs = list({r["seed"]: r for r in of(e, records)}.values())
+        runs = one_per_seed(of(e, records))
         ema = [r["accuracy"]["ema"] for r in runs]
 
         def mean(values):

@@ -48,10 +48,16 @@ def plan(pattern: str, preset: str, seeds: int = 1, **changes) -> list[Experimen
     """
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
-    different = {}
-    for e in cells(pattern, preset, **changes):
-        different.setdefault(e.fingerprint(), e)
-    return [e.replace(seed=seed) for seed in range(seeds) for e in different.values()]
+    found = cells(pattern, preset, **changes)
+    return [found[i].replace(seed=seed) for seed in range(seeds) for i in different(found)]
+
+
+def different(found: list[Experiment]) -> list[int]:
+    """Where each different experiment stands first: at small scales several cells may be one."""
+    first = {}
+    for i, e in enumerate(found):
+        first.setdefault(e.fingerprint(), i)
+    return list(first.values())
 
 
 def directory(root: str | pathlib.Path, e: Experiment) -> pathlib.Path:
@@ -72,7 +78,7 @@ def predict(todo: list[Experiment], data: Dataset) -> float:
     for e in todo:
         key = tuple(getattr(e, name) for name in PROGRAM)
         ready = training.calibrated(e, len(data.train))
-        size = ready.steps * max(ready.expected_batch_size, 1)
+        size = ready.steps * ready.expected_batch_size
         if key not in rates:
             rates[key] = cost.predict(ready, features.prepare(e, data), repeats=1).seconds / size
         total += rates[key] * size

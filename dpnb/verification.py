@@ -59,9 +59,10 @@ def verify(directory: str | pathlib.Path, *, data_dir=None, data_file=None) -> R
     except (data.DataError, FileNotFoundError) as error:
         lines.append(f"--   accuracy and data were not checked: {error}")
         return Report(all(ok for ok, _ in checks), False, lines)
-    same = features.fingerprint(experiment, found) == r["data"]["fingerprint"]
+    fingerprint, recorded = features.fingerprint(experiment, found), r["data"]["fingerprint"]
+    same = fingerprint == recorded
     note = f" (of images with the note: {r['data']['note']})" if r["data"]["note"] and not same else ""
-    said = f"data fingerprint {features.fingerprint(experiment, found)[:16]}, recorded {r['data']['fingerprint'][:16]}"
+    said = f"data fingerprint {fingerprint[:16]}, recorded {recorded[:16]}"
     found = features.prepare(experiment, found)
     params, apply = functional(make_model(experiment, len(found.classes), 0))
     accuracy = make_evaluate(apply)(unflatten(weights, params), found.test).accuracy
