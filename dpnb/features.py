@@ -9,7 +9,7 @@ import numpy as np
 
 from dpnb.data import Dataset, Split
 from dpnb.experiments.experiment import Experiment
-from dpnb.models.scattering import features as scattering_features
+from dpnb.models import scattering
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -58,13 +58,14 @@ def fingerprint(experiment: Experiment, data: Dataset) -> str:
 
 
 def _identity(data: Dataset) -> str:
-    origin = f"scattering J=2 L=8 groups=27 of {data.fingerprint}"
+    origin = f"log scattering J=2 L=8, standardised by random images, of {data.fingerprint}"
     return hashlib.sha256(origin.encode()).hexdigest()
 
 
 @functools.lru_cache(maxsize=1)
 def _scattered(data: Dataset) -> FeatureDataset:
-    transform = jax.jit(scattering_features)
+    mean, std = scattering.standards(data.train.images.shape[1])
+    transform = jax.jit(functools.partial(scattering.features, mean=mean, std=std))
     train, test = (extract(transform, split) for split in (data.train, data.test))
     return FeatureDataset(data.name, train, test, data.classes, data.note, _identity(data))
 

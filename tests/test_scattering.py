@@ -75,11 +75,36 @@ def test_wrong_shape():
             scattering.scattering(np.zeros(shape, np.float32))
 
 
+def test_random_images_look_like_photographs():
+    """As far as a spectrum goes: amplitude falls as 1 / frequency; the same on every call."""
+    images = scattering.random_images(50)
+    assert images.shape == (50, 32, 32, 3) and images.dtype == np.uint8
+    assert (images == scattering.random_images(50)).all()
+    power = np.square(np.abs(np.fft.fft2(images / 255.0, axes=(1, 2)))).mean((0, 3))
+    assert power[0, 2] / power[0, 8] == pytest.approx(16, rel=0.3)
+    assert np.corrcoef(images[..., 0].ravel(), images[..., 1].ravel())[0, 1] == pytest.approx(0.9, abs=0.03)
+
+
+def test_features_are_standardised():
+    """Random images: mean 0 and deviation 1 by channel but for the scale of each; every image: RMS 1."""
+    mean, std = scattering.standards()
+    assert mean.shape == std.shape == (scattering.CHANNELS,) and (std > 0.01).all()
+    made = np.asarray(scattering.features(scattering.random_images(60), mean, std))
+    assert made.shape == (60, 8, 8, 243)
+    np.testing.assert_allclose(np.square(made).mean((1, 2, 3)), 1, rtol=1e-5)
+    channels = made.reshape(-1, 3, scattering.CHANNELS)
+    assert np.abs(channels.mean((0, 1))).max() < 0.3
+    assert channels.std((0, 1)).min() > 0.6 and channels.std((0, 1)).max() < 1.5
+    black = scattering.features(np.zeros((1, 32, 32, 3), np.uint8), mean, std)
+    assert np.isfinite(black).all()
+
+
 def test_features_look_at_one_image_only():
+    standards = scattering.standards()
     images = RANDOM.integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
     changed = images.copy()
     changed[2] = 255 - changed[2]
-    a, b = (np.asarray(scattering.features(x)) for x in (images, changed))
+    a, b = (np.asarray(scattering.features(x, *standards)) for x in (images, changed))
     moved = np.abs(a - b).max((1, 2, 3)) > 1e-6
     assert moved.tolist() == [False, False, True, False]
 
@@ -115,7 +140,7 @@ def digits():
 
 EXPERIMENT = Experiment(
     "x", dataset="digits", network="scatter-linear", epsilon=8.0, delta=1e-3, steps=25, expected_batch_size=60,
-    augmult=0, clip_norm=0.1, learning_rate=0.3, momentum=0.9, eval_every=0, physical_batch_size=8, accountant="rdp",
+    augmult=0, clip_norm=10.0, learning_rate=0.2, momentum=0.9, eval_every=0, physical_batch_size=8, accountant="rdp",
     ema_decay=0.5,
 )  # fmt: skip
 

@@ -77,8 +77,8 @@ PRESETS = {
 }  # fmt: skip
 
 # Tramer & Boneh 2021: a linear layer on scattering features. It trains on a CPU in minutes, so all
-# presets but "smoke" are the whole thing. Their search was over batch size, learning rate, epochs
-# and norm; ours, on 5,000 held-out images: see notebooks/cifar10_table.ipynb.
+# presets but "smoke" are the whole thing. How ours differs from theirs, and the search on 5,000
+# held-out images: notebooks/cifar10_table.ipynb.
 SCATTER = [
     Experiment(
         name=f"cifar10/scatter-linear/eps{epsilon:g}",
@@ -87,8 +87,8 @@ SCATTER = [
         steps=366,
         expected_batch_size=8192,
         augmult=0,
-        clip_norm=0.1,
-        learning_rate=0.4,
+        clip_norm=10.0,
+        learning_rate=0.2,
         momentum=0.9,
         ema_decay=0.99,
         eval_every=61,
