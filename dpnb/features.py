@@ -58,7 +58,7 @@ def fingerprint(experiment: Experiment, data: Dataset) -> str:
 
 
 def _identity(data: Dataset) -> str:
-    origin = f"log scattering J=2 L=8, standardised by random images, of {data.fingerprint}"
+    origin = f"log scattering J=2 L=8, standardised by random images and image, of {data.fingerprint}"
     return hashlib.sha256(origin.encode()).hexdigest()
 
 

@@ -409,7 +409,7 @@ def privacy_statement(
         f"{n} updates of noise multiplier sigma = {m.noise_multiplier:g}, sampling probability "
         f"q = {m.sampling_probability:g}, {m.sampler} sampling" for m, n in counts.items()
     )  # fmt: skip
-    private = all(m.noise_multiplier > 0 for m in counts)
+    private = all(m.private for m in counts)
     valid = all(m.valid for m in counts)
     try:
         numbers = [(k, epsilon(compose(counts), 1, delta, k)) for k in ACCOUNTANTS]
@@ -418,7 +418,10 @@ def privacy_statement(
         claim = "epsilon not computed (dp-accounting is not installed here; recompute it from the events)"
     terms = f"{claim}, at delta = {delta:g}, neighbouring relation: {NEIGHBOURS}, for {runs}."
     if not private:
-        head = f"This run is NOT differentially private: there were updates without noise. {terms}"
+        head = (
+            "This run is NOT differentially private: there were updates without noise, or with too little "
+            f"to be accounted. {terms}"
+        )
     elif not valid:
         head = (
             f"This run has only a *nominal* privacy claim: {terms} The accountants assume Poisson "

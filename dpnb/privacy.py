@@ -48,8 +48,9 @@ class PrivacyBudget:
 class Mechanism:
     """One update: the sum of clipped gradients of a sampled batch, plus Gaussian noise.
 
-    noise_multiplier: sigma, standard deviation of the noise over the sensitivity, in [0.1, 1e5];
-      or 0, non-private.
+    noise_multiplier: sigma, standard deviation of the noise over the sensitivity, in [0, 1e5].
+      Below 0.1 it is accounted as none: such noise protects next to nothing and takes the
+      accountants very long, so epsilon is infinite, which is always true.
     sampling_probability: q = expected batch size / number of training examples, in (0, 1].
     sampler: "poisson": every example enters independently with probability q; what is accounted.
       "shuffle": fixed-size batches of a shuffled epoch, as the paper ran. Accounted as if it were
@@ -63,10 +64,10 @@ class Mechanism:
     def __post_init__(self):
         for name in ("noise_multiplier", "sampling_probability"):  # float32 scalars would not survive JSON
             object.__setattr__(self, name, float(getattr(self, name)))
-        if not (self.noise_multiplier == 0 or 0.1 <= self.noise_multiplier <= 1e5):
+        if not 0 <= self.noise_multiplier <= 1e5:
             raise ValueError(
-                f"noise_multiplier must be 0 (non-private) or in [0.1, 1e5], got {self.noise_multiplier}; "
-                "less noise protects nothing and takes the accountants very long, more is lost in rounding"
+                f"noise_multiplier must be in [0, 1e5], got {self.noise_multiplier}; "
+                "more noise is lost in rounding"
             )
         if not 0 < self.sampling_probability <= 1:
             raise ValueError(
@@ -82,6 +83,11 @@ class Mechanism:
         return self.sampler == "poisson"
 
     @property
+    def private(self) -> bool:
+        """Whether the noise is enough to be accounted."""
+        return self.noise_multiplier >= 0.1
+
+    @property
     def claim(self) -> str:
         """ "valid" or "nominal", as records say it."""
         return "valid" if self.valid else "nominal"
@@ -89,7 +95,7 @@ class Mechanism:
     def event(self, steps: int = 1):
         """The dp_accounting DpEvent of `steps` updates."""
         dp = _dp_accounting()
-        if self.noise_multiplier == 0:
+        if not self.private:
             one = dp.NonPrivateDpEvent()
         else:
             noise = dp.GaussianDpEvent(self.noise_multiplier)

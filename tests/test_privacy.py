@@ -314,7 +314,7 @@ class TestTypes:
         "fields",
         [
             (-1, Q),
-            (0.05, Q),
+            (1e6, Q),
             (math.inf, Q),
             (math.nan, Q),
             (1, 0),
@@ -326,6 +326,15 @@ class TestTypes:
     def test_bad_mechanism(self, fields):
         with pytest.raises(ValueError, match="must be"):
             Mechanism(*fields)
+
+    @pytest.mark.parametrize("accountant", privacy.ACCOUNTANTS)
+    def test_too_little_noise_is_accounted_as_none(self, accountant):
+        """An infinite epsilon is never too small, and takes no time."""
+        for sigma in (0.0, 0.02, 0.099):
+            assert not Mechanism(sigma, Q).private
+            assert epsilon(Mechanism(sigma, Q), 10**6, DELTA, accountant) == math.inf
+        assert Mechanism(0.1, Q).private
+        assert epsilon(Mechanism(0.1, Q), 1, DELTA, accountant) < math.inf
 
     def test_bad_calls(self):
         with pytest.raises(ValueError, match="accountant must be"):

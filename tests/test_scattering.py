@@ -86,12 +86,13 @@ def test_random_images_look_like_photographs():
 
 
 def test_features_are_standardised():
-    """Random images: mean 0 and deviation 1 by channel but for the scale of each; every image: RMS 1."""
+    """Random images: about mean 0 and deviation 1 by channel; every image: mean 0 and variance 1."""
     mean, std = scattering.standards()
     assert mean.shape == std.shape == (scattering.CHANNELS,) and (std > 0.01).all()
     made = np.asarray(scattering.features(scattering.random_images(60), mean, std))
     assert made.shape == (60, 8, 8, 243)
-    np.testing.assert_allclose(np.square(made).mean((1, 2, 3)), 1, rtol=1e-5)
+    np.testing.assert_allclose(made.mean((1, 2, 3)), 0, atol=1e-5)
+    np.testing.assert_allclose(made.var((1, 2, 3)), 1, rtol=1e-4)
     channels = made.reshape(-1, 3, scattering.CHANNELS)
     assert np.abs(channels.mean((0, 1))).max() < 0.3
     assert channels.std((0, 1)).min() > 0.6 and channels.std((0, 1)).max() < 1.5

@@ -145,7 +145,7 @@ def standards(size: int = 32) -> tuple[np.ndarray, np.ndarray]:
 
 
 def features(images, mean, std) -> jax.Array:
-    """Standardised logarithms of scattering coefficients, each image's scaled to root mean square 1.
+    """Standardised logarithms of scattering coefficients, each image's brought to mean 0 and variance 1.
 
     Args:
       images: uint8 [batch, size, size, 3].
@@ -154,7 +154,7 @@ def features(images, mean, std) -> jax.Array:
       float32 [batch, size / 4, size / 4, 243]; row i is a function of image i alone.
     """
     s = (logarithms(images) - mean) / std
-    s = s * jax.lax.rsqrt(jnp.square(s).mean((1, 2, 3, 4), keepdims=True))
+    s = jax.nn.standardize(s, axis=(1, 2, 3, 4))
     return s.reshape(*s.shape[:3], -1)
 
 
