@@ -71,7 +71,7 @@ def flops_per_view(trainer, data: Dataset) -> float:
     image = jnp.zeros((1, *data.train.images.shape[1:]))
 
     def loss(params):
-        return trainer.apply(params, image).sum()
+        return jnp.square(trainer.apply(params, image)).sum()
 
     analysis = jax.jit(jax.grad(loss)).lower(trainer.state.params).cost_analysis()
     return float((analysis or {}).get("flops", float("nan")))

@@ -61,8 +61,11 @@ def different(found: list[Experiment]) -> list[int]:
 
 
 def directory(root: str | pathlib.Path, e: Experiment) -> pathlib.Path:
-    """Where one experiment and seed lives below `root`."""
-    return pathlib.Path(root) / e.name / f"{e.preset}-seed{e.seed}"
+    """Where one experiment and seed lives below `root`; with changed hyper-parameters, in its own place."""
+    identity = e.fingerprint()
+    known = e.name in experiments.names() and experiments.get(e.name, e.preset).fingerprint() == identity
+    changed = "" if known else f"-{identity[:8]}"
+    return pathlib.Path(root) / e.name / f"{e.preset}-seed{e.seed}{changed}"
 
 
 def finished(e: Experiment, data: Dataset, records: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import pathlib
 
 import pytest
 import shared_runs
@@ -60,6 +61,17 @@ def test_records_and_prediction(done):
     for e in plan():
         r = json.loads((sweep.directory(root, e) / "result.json").read_text())
         assert (r["experiment"], r["seed"], r["privacy"]["steps"]) == (e.name, e.seed, 2)
+
+
+def test_a_changed_experiment_has_its_own_directory():
+    """So that a sweep with other hyper-parameters neither collides with the registry's nor is it taken for it."""
+    (known,) = sweep.plan("cifar10/augmult/k1", "teach")
+    (changed,) = sweep.plan("cifar10/augmult/k1", "teach", learning_rate=1.0)
+    assert sweep.directory("x", known) == pathlib.Path("x/cifar10/augmult/k1/teach-seed0")
+    places = {
+        sweep.directory("x", e) for e in (known, changed, changed.replace(seed=1), known.replace(seed=1))
+    }
+    assert len(places) == 4
 
 
 def test_finished_cells_are_skipped(done, monkeypatch):
