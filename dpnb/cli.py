@@ -6,14 +6,13 @@ import dataclasses
 import difflib
 import functools
 import json
-import math
 import os
 import pathlib
 import sys
 
 import dpnb
 from dpnb import experiments
-from dpnb.experiments import cifar10
+from dpnb.experiments import Experiment, cifar10
 
 NOTEBOOKS = pathlib.Path(__file__).parents[1] / "notebooks"
 NOTEBOOK = "cifar10_from_scratch.ipynb"
@@ -74,10 +73,12 @@ def list_(options) -> int:
         paper = results.spread(e.paper_mean, e.paper_std) + (" %" if e.paper_mean else "")
         status = results.status(e, records)
         source = e.paper_source.replace(cifar10.UNVERIFIED, "unverified")
-        print(
-            f"{name:42} epsilon {e.epsilon or math.nan:g}, delta {e.delta:g}  paper: {paper:14} {status:24} {source}"
-        )
+        print(f"{name:42} epsilon {_epsilon(e)}, delta {e.delta:g}  paper: {paper:14} {status:24} {source}")
     return 0
+
+
+def _epsilon(e: Experiment) -> str:
+    return "of its noise" if e.epsilon is None else f"{e.epsilon:g}"
 
 
 def _or(close: list[str]) -> str:
