@@ -38,8 +38,12 @@ def test_a_budget_that_is_too_small_ends_the_run_unspent(tmp_path):
     assert again.steps == 3 and again.events == made.events and np.array_equal(kernel(again), kernel(made))
 
 
-def test_not_even_one_step_fits(tmp_path):
-    made = run(tiny.experiment(augmult=0, epsilon=1e-3, steps=5), tmp_path)
+@pytest.mark.parametrize(
+    "changes", [dict(epsilon=1e-3), dict(epsilon=8.0, noise_multiplier=0.01)], ids=["budget", "noise"]
+)
+def test_not_even_one_step_fits(tmp_path, changes):
+    """A budget too small for one update, or noise too small to be accounted."""
+    made = run(tiny.experiment(augmult=0, steps=5, **changes), tmp_path)
     assert made.steps == 0 and made.stopped and made.events == []
     assert np.array_equal(kernel(made), np.asarray(tiny.Linear().layer.kernel[...]))
 
@@ -69,7 +73,7 @@ class Broken(nnx.Module):
     [
         (dict(expected_batch_size=65), {}, ValueError),  # more than there are
         (dict(clip_norm=float("inf"), epsilon=8.0), {}, ValueError),  # noise of an infinite scale
-        (dict(noise_multiplier=0.01, epsilon=8.0), {}, ValueError),
+        (dict(noise_multiplier=1e6, epsilon=8.0), {}, ValueError),
         (dict(), {"model": Mixing()}, MixesExamples),
         (dict(), {"model": Broken()}, TypeError),
     ],
