@@ -12,7 +12,7 @@ import sys
 
 import dpnb
 from dpnb import experiments
-from dpnb.experiments import Experiment, cifar10
+from dpnb.experiments import Experiment, cifar10, studies
 
 NOTEBOOKS = pathlib.Path(__file__).parents[1] / "notebooks"
 NOTEBOOK = "cifar10_from_scratch.ipynb"
@@ -127,20 +127,22 @@ def run_sweep(options) -> int:
     root = options.out or pathlib.Path("runs")
     made = sweep.run(todo, loaded, root, say=functools.partial(print, flush=True))
     frame = results.summary([e for e in todo if e.seed == 0], made.records)
-    print("\n" + frame.round(2).to_string(index=False))
+    print("\n" + frame.drop(columns="first").round(2).to_string(index=False))
     print(f"records: {root}")
+    for study in sorted({e.name.split("/")[1] for e in todo} & set(studies.STUDIES)):
+        print(f"figures: notebooks/{studies.STUDIES[study]} with train = False")
     return 1 if made.failures else 0
 
 
 def run(options) -> int:
     if options.seeds or any(c in options.name for c in "*?["):
         return run_sweep(options)
+    from dpnb import sweep
+
     seed = None if options.secret_seed else options.seed
     asked = changes(options.set)
-    experiments.get(options.name, options.preset, seed=seed, **asked)  # refuses before it starts
-    which = "secret" if seed is None else f"seed{seed}"
-    changed = "".join(f"-{key}={value}" for key, value in sorted(asked.items()))
-    out = options.out or pathlib.Path("runs") / options.name / f"{options.preset}-{which}{changed}"
+    e = experiments.get(options.name, options.preset, seed=seed, **asked)  # refuses before it starts
+    out = options.out or sweep.directory("runs", e)
     parameters = dict(
         experiment=options.name, preset=options.preset, seed=seed, changes=asked,
         data_dir=str(options.data_dir and pathlib.Path(options.data_dir).absolute()),

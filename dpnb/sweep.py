@@ -38,6 +38,12 @@ def cells(pattern: str, preset: str, **changes) -> list[Experiment]:
     return [experiments.get(name, preset, **changes) for name in names]
 
 
+def scales(pattern: str, preset: str, **changes) -> dict[str, list[Experiment]]:
+    """The cells at `preset` with the changes, and as they stand in the registry at the other presets."""
+    found = {preset: cells(pattern, preset, **changes)}
+    return found | {other: cells(pattern, other) for other in experiments.PRESETS if other != preset}
+
+
 def plan(pattern: str, preset: str, seeds: int = 1, **changes) -> list[Experiment]:
     """The experiments that match, at that scale; one for each of the seeds 0 ... seeds - 1.
 
@@ -48,24 +54,19 @@ def plan(pattern: str, preset: str, seeds: int = 1, **changes) -> list[Experimen
     """
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
-    found = cells(pattern, preset, **changes)
-    return [found[i].replace(seed=seed) for seed in range(seeds) for i in different(found)]
-
-
-def different(found: list[Experiment]) -> list[int]:
-    """Where each different experiment stands first: at small scales several cells may be one."""
-    first = {}
-    for i, e in enumerate(found):
-        first.setdefault(e.fingerprint(), i)
-    return list(first.values())
+    different = {}
+    for e in cells(pattern, preset, **changes):
+        different.setdefault(e.fingerprint(), e)
+    return [e.replace(seed=seed) for seed in range(seeds) for e in different.values()]
 
 
 def directory(root: str | pathlib.Path, e: Experiment) -> pathlib.Path:
-    """Where one experiment and seed lives below `root`; with changed hyper-parameters, in its own place."""
-    identity = e.fingerprint()
-    known = e.name in experiments.names() and experiments.get(e.name, e.preset).fingerprint() == identity
-    changed = "" if known else f"-{identity[:8]}"
-    return pathlib.Path(root) / e.name / f"{e.preset}-seed{e.seed}{changed}"
+    """Where one run lives below `root`: ROOT/NAME/PRESET-seedSEED, and what differs from the registry."""
+    known = experiments.get(e.name, e.preset).decisive() if e.name in experiments.names() else e.decisive()
+    changed = {key: value for key, value in sorted(e.decisive().items()) if value != known[key]}
+    which = "secret" if e.seed is None else f"seed{e.seed}"
+    name = "-".join([e.preset, which, *(f"{key}={value}" for key, value in changed.items())])
+    return pathlib.Path(root) / e.name / name.replace("/", "_")
 
 
 def finished(e: Experiment, data: Dataset, records: list[dict[str, Any]]) -> dict[str, Any] | None:

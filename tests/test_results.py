@@ -235,6 +235,19 @@ def test_table_mean_spread_and_difference(tiny):
     assert len(frame) == 1 + len(experiments.names("cifar10/wrn-*"))
 
 
+def test_full_scale_status_is_not_always_reproduced(tiny):
+    """A point below the published mean still counts (re-runs spread as much), more does not."""
+    falls, just = made(tiny, CELL, "paper", 80.3), made(tiny, CELL, "paper", 80.5)
+    e = experiments.get(CELL)
+    assert row(results.table(CELL, [just]), "paper")["status"] == "reproduced"
+    assert results.status(e, [just]) == "reproduced (n = 1)"
+    assert row(results.table(CELL, [falls]), "paper")["status"] == "run, falls short"
+    assert results.status(e, [falls]) == "run, falls short (n = 1)"
+    other = "cifar10/scatter-linear/eps1"
+    unknown = made(tiny, other, "paper", 60.0)
+    assert list(results.table(other, [unknown])["status"]) == ["run, nothing published"]
+
+
 def test_a_changed_run_is_not_in_the_table(tiny):
     """Another depth or budget is another experiment, whatever its name; a physical batch is not."""
     changed = [

@@ -72,6 +72,20 @@ def test_a_changed_experiment_has_its_own_directory():
         sweep.directory("x", e) for e in (known, changed, changed.replace(seed=1), known.replace(seed=1))
     }
     assert len(places) == 4
+    name = "teach-secret-learning_rate=1.0"
+    assert sweep.directory("x", changed.replace(seed=None)).name == name
+
+
+def test_a_summary_marks_cells_that_are_one_experiment():
+    """At preset teach more than eight views are eight: the table shows that run once."""
+    frame = results.summary(sweep.cells("cifar10/augmult/*", "teach"), [])
+    assert list(frame["cell"][~frame["first"]]) == ["k16", "k32"]
+    assert "k8" in results.study(frame) and "k16" not in results.study(frame)
+    everywhere = sweep.scales("cifar10/augmult/k1", "teach", steps=3)
+    assert {scale: at[0].steps for scale, at in everywhere.items()} == {
+        scale: 3 if scale == "teach" else experiments.get("cifar10/augmult/k1", scale).steps
+        for scale in experiments.PRESETS
+    }
 
 
 def test_finished_cells_are_skipped(done, monkeypatch):
