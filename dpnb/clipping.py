@@ -97,20 +97,31 @@ class ClippedGrad:
         # Selected, not multiplied by zero: zero times NaN is NaN.
         used = mask & jnp.isfinite(norms)
         factor = self._factor(jnp.where(used, norms, 1.0))
-
-        def add(total, g):
-            for i in range(g.shape[0]):  # one fused pass; the scaled gradients are never stored
-                total = total + jnp.where(used[i], g[i] * factor[i].astype(g.dtype), 0)
-            return total
-
+        add = _add_one_by_one if jax.default_backend() == "cpu" else _add_reduced
         info = NonPrivate(jnp.where(mask, norms, 0), jnp.where(mask, losses, 0), aux)
-        return jax.tree.map(add, total, grads), info
+        return jax.tree.map(lambda total, g: add(total, g, factor, used), total, grads), info
 
     def _factor(self, norms):
         if math.isinf(self.clip_norm):
             return jnp.ones_like(norms)
         clipped = self.clip_norm if not self.rescale_to_unit_norm else 1.0
         return clipped / jnp.maximum(norms, self.clip_norm)
+
+
+def _add_one_by_one(total, g, factor, used):
+    """total + sum of factor * g over the used examples, as one fused pass; for a few examples, on CPU."""
+    for i in range(g.shape[0]):
+        total = total + jnp.where(used[i], g[i] * factor[i].astype(g.dtype), 0)
+    return total
+
+
+def _add_reduced(total, g, factor, used):
+    """The same as a reduction, of the same size whatever the number of examples: for accelerators.
+
+    Not a matrix product, which would round to half precision there.
+    """
+    over = [-1] + [1] * (g.ndim - 1)
+    return total + jnp.where(used.reshape(over), g * factor.astype(g.dtype).reshape(over), 0).sum(0)
 
 
 def _accumulator(x) -> jnp.dtype:

@@ -76,17 +76,26 @@ def finished(e: Experiment, data: Dataset, records: list[dict[str, Any]]) -> dic
     return same[0] if same else None
 
 
-def predict(todo: list[Experiment], data: Dataset) -> float:
-    """Seconds that all of them will take here; compiles and times each different program once."""
-    rates, total = {}, 0.0
+def predict(todo: list[Experiment], data: Dataset) -> dict[Experiment, cost.Cost]:
+    """What each of them will take here; compiles and times each different program once.
+
+    A cell that cannot be calibrated or compiled is not in it: `run` will say why.
+    """
+    measured, found = {}, {}
     for e in todo:
         key = tuple(getattr(e, name) for name in PROGRAM)
-        ready = training.calibrated(e, len(data.train))
-        size = ready.steps * ready.expected_batch_size
-        if key not in rates:
-            rates[key] = cost.predict(ready, features.prepare(e, data), repeats=1).seconds / size
-        total += rates[key] * size
-    return total
+        try:
+            ready = training.calibrated(e, len(data.train))
+            if key not in measured:
+                measured[key] = ready, cost.predict(ready, features.prepare(e, data), repeats=1)
+        except Exception:
+            continue
+        like, known = measured[key]
+        times = ready.steps * ready.expected_batch_size / (like.steps * like.expected_batch_size)
+        found[e] = dataclasses.replace(
+            known, views=known.views * times, flops=known.flops * times, seconds=known.seconds * times
+        )
+    return found
 
 
 def run(todo: list[Experiment], data: Dataset, root: str | pathlib.Path, say=print) -> Sweep:
@@ -101,19 +110,21 @@ def run(todo: list[Experiment], data: Dataset, root: str | pathlib.Path, say=pri
     records = results.load(root)
     done = {e: finished(e, data, records) for e in todo}
     left = [e for e in todo if done[e] is None]
-    failures = {}
+    failures, costs = {}, {}
     say(f"{len(todo)} cells, {len(todo) - len(left)} of them finished")
     if left:
-        seconds = predict(left, data)
+        costs = predict(left, data)
+        minutes = sum(c.seconds for c in costs.values()) / 60
         say(
-            f"the other {len(left)}: about {seconds / 60:.0f} minutes of training on {jax.devices()[0].device_kind}"
+            f"the other {len(left)}: about {minutes:.0f} minutes of training on {jax.devices()[0].device_kind}"
         )
     for number, e in enumerate(left, 1):
         label = f"{e.name}, seed {e.seed}"
         say(f"[{number}/{len(left)}] {label}")
         try:
             ready = features.prepare(e, data)
-            trained = training.train(e, ready, directory(root, e))
+            size = costs[e].physical_batch_size if e in costs else e.physical_batch_size
+            trained = training.train(e.replace(physical_batch_size=size), ready, directory(root, e))
             done[e] = results.save(trained, ready, directory(root, e))
             say(f"    EMA {done[e]['accuracy']['ema']:.2f} %, {done[e]['seconds'] / 60:.1f} minutes")
         except Exception as error:  # the other cells are worth having

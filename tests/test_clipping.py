@@ -108,6 +108,12 @@ def check_against_loop(params, loss, examples, **options):
     np.testing.assert_allclose(info.losses, losses, rtol=TOLERANCE)
 
 
+@pytest.fixture(params=["cpu", "gpu"])
+def backend(request, monkeypatch):
+    """Also what is traced for accelerators: other products, other sums, the same numbers."""
+    monkeypatch.setattr(jax, "default_backend", lambda: request.param)
+
+
 # 1. The same as a loop over examples.
 
 
@@ -118,7 +124,7 @@ def test_matches_a_loop_over_examples(layer, views, float64):
 
 
 @pytest.mark.parametrize("views", [1, 4])
-def test_whole_network_matches_a_loop_over_examples(views, float64):
+def test_whole_network_matches_a_loop_over_examples(views, float64, backend):
     make = functools.partial(WideResNet, 10, 1)
     check_against_loop(*setup(lambda r: make(rngs=r), (6, 6, 3), views, examples=3), microbatch_size=1)
 
@@ -217,7 +223,7 @@ def convolutional(statistics=False):
 
 @pytest.mark.parametrize("statistics", [False, True], ids=["", "batch norm"])
 @pytest.mark.parametrize("rescale", [False, True])
-def test_sensitivity(rescale, statistics):
+def test_sensitivity(rescale, statistics, backend):
     """Neighbours differ by one example of any content, at any place; batch norm cannot mix them."""
     params, loss, (inputs, labels) = convolutional(statistics)
     clip_norm = 0.125
@@ -249,7 +255,7 @@ def test_sensitivity_at_any_parameters():
             assert norm(total) == 0 and np.isnan(info.norms).all()
 
 
-def test_non_finite_gradients_of_finite_losses_contribute_zero():
+def test_non_finite_gradients_of_finite_losses_contribute_zero(backend):
     grad = clipped_grad(lambda w, x: jnp.sqrt(w * x).sum(), 1.0)  # sqrt has no slope at zero
     total, info = grad(jnp.ones(2), jnp.array([[4.0, 0.0], [0.0, 0.0]]))
     alone, _ = grad(jnp.ones(2), jnp.array([[4.0, 1.0]]))
@@ -257,7 +263,7 @@ def test_non_finite_gradients_of_finite_losses_contribute_zero():
     assert norm(alone) > 0
 
 
-def test_gradients_beyond_float32_contribute_zero():
+def test_gradients_beyond_float32_contribute_zero(backend):
     """A norm whose square is infinite cannot be clipped in float32; one below can."""
     grad = clipped_grad(lambda w, x: w @ x, 1.0)
     total, info = grad(jnp.zeros(2), jnp.array([[1e30, 0.0], [3e15, 4e15]]))
@@ -268,7 +274,7 @@ def test_gradients_beyond_float32_contribute_zero():
 # 4. Padding and physical batches.
 
 
-def test_content_of_padding_never_matters():
+def test_content_of_padding_never_matters(backend):
     params, loss, (inputs, labels) = convolutional()
     mask = jnp.array([True, False, True, False])
     call = jit(clipped_grad(loss, 0.1))
@@ -284,13 +290,13 @@ def test_content_of_padding_never_matters():
     assert error(total, alone) < 1e-5
 
 
-def test_nobody_is_a_batch_too():
+def test_nobody_is_a_batch_too(backend):
     params, loss, examples = convolutional()
     total, info = jit(clipped_grad(loss, 0.1))(params, examples, jnp.zeros(4, bool))
     assert norm(total) == 0 and norm(info.norms) == 0
 
 
-def test_any_microbatch_and_any_physical_batch_give_the_same_sum(float64):
+def test_any_microbatch_and_any_physical_batch_give_the_same_sum(float64, backend):
     params, loss, (inputs, weights) = setup(*LAYERS["conv 3x3 stride 2"], 2, examples=6)
     mask = jnp.array([True, True, False, True, True, True])
     want, info = jit(clipped_grad(loss, 1.0))(params, (inputs, weights), mask)
@@ -365,7 +371,7 @@ def test_half_precision_losses_are_averaged_in_float32():
     assert info.losses.dtype == jnp.float32 and info.losses[0] == 259 / 4
 
 
-def test_half_precision_computation_keeps_float32_sums():
+def test_half_precision_computation_keeps_float32_sums(backend):
     params, apply = functional(Conv(3, 4, 3, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 2, 5, 5, 3)), jnp.float32)
     loss = lambda p, x: jnp.sin(apply(p, x)).sum((1, 2, 3))

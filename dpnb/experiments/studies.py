@@ -52,7 +52,9 @@ def _ablation() -> list[Experiment]:
     why = "not in the paper: where the accuracy goes, step by step, at epsilon = infinity"
     free = dict(epsilon=float("inf"), noise_multiplier=0.0)
     made += [
-        _cell("ablation/private-none", why, **free, clip_norm=float("inf")),
+        # Gradients that nothing clips are several times longer: learning rate 2 diverges. At preset teach,
+        # with 5,000 images held out, 0.1, 0.2, 0.5 and 1 gave 23, 34, 39 and 40 % (one seed each).
+        _cell("ablation/private-none", why, **free, clip_norm=float("inf"), learning_rate=0.5),
         _cell("ablation/private-clip", why, **free),
     ]
     return made
