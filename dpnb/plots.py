@@ -121,13 +121,16 @@ def bars(frame, title: str, reference: dict[str, float] | None = None) -> Figure
     return figure
 
 
-def lines(groups: dict[str, Any], x: str, xlabel: str, title: str, log: bool = True) -> Figure:
+def lines(
+    groups: dict[str, Any], x: str, xlabel: str, title: str, log: bool = True, ticks: bool = True
+) -> Figure:
     """Accuracy against one quantity, one line per group.
 
     Args:
       groups: {label: frame of `dpnb.results.summary` with a further column `x`}.
       x: that column.
       log: logarithmic in x, base 2.
+      ticks: one at every point, where x is logarithmic.
     """
     figure, axis = plt.subplots(figsize=(6.5, 4), layout="constrained")
     for label, frame in groups.items():
@@ -137,10 +140,15 @@ def lines(groups: dict[str, Any], x: str, xlabel: str, title: str, log: bool = T
         )
     if log:
         axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}")
+    if log and ticks:
         ticks = sorted({v for frame in groups.values() for v in frame[x]})
         axis.set_xticks(ticks, [f"{v:g}" for v in ticks])
         axis.minorticks_off()
+    low, high = axis.get_ylim()
+    wider = max(0.0, 10 - (high - low)) / 2  # points: less would make a mountain of noise
     axis.set(xlabel=xlabel, ylabel="test accuracy, averaged parameters (%)", title=title)
+    axis.set_ylim(low - wider, high + wider)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     return figure
