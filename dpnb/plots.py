@@ -114,8 +114,8 @@ def bars(frame, title: str, reference: dict[str, float] | None = None) -> Figure
         axis.plot([v for _, v in known], [p for p, _ in known], "kD", label="others, full scale")
     axis.set_yticks(places, frame["cell"])
     axis.invert_yaxis()
-    axis.set(xlabel="test accuracy, averaged parameters (%)", title=title, xlim=(0, None))
-    axis.margins(x=0.15)
+    right = np.nanmax([0, *(frame["ema"] + frame["ema_std"].fillna(0)), *(reference or {}).values()])
+    axis.set(xlabel="test accuracy, averaged parameters (%)", title=title, xlim=(0, 1.2 * right or 1))
     axis.grid(alpha=0.3, axis="x")
     axis.legend(fontsize=8)
     return figure
