@@ -1,0 +1,199 @@
+"""Public weights by name or path, and the conversion of published files to safetensors.
+
+    python -m dpnb.models.pretrained list
+    python -m dpnb.models.pretrained convert wrn-40-4-imagenet32 WRN_40_4_IMAGENET32.dill wrn.safetensors
+
+What a network saw before private training is public by assumption: an epsilon says nothing about it.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import pathlib
+import sys
+import urllib.request
+
+import numpy as np
+from safetensors.numpy import load as parse
+from safetensors.numpy import save as serialised
+
+from dpnb.files import write_whole
+from dpnb.models import unpickle
+
+Arrays = dict[str, np.ndarray]
+CACHE = pathlib.Path("~/.cache/dpnb/weights")
+AUTHORS = "https://storage.googleapis.com/dm_jax_privacy/models/"
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """One published file of a Wide-ResNet.
+
+    url: of the authors' pickle.  sha256: hex, of the *converted* file; None where nobody has
+    measured it yet, and then the name alone is refused.  saw: the public data behind it.
+    inputs: how pixels were scaled there.
+    """
+
+    url: str
+    licence: str
+    depth: int
+    width: int
+    num_classes: int
+    saw: str
+    inputs: str
+    sha256: str | None = None
+
+
+_CC = "CC BY 4.0"
+_CENTRED = "2 x - 1 of pixels in [0, 1]; dpnb standardises instead, which the first layers must get used to"
+WEIGHTS = {
+    "wrn-40-4-cifar100": Weights(
+        AUTHORS + "WRN_40_4_CIFAR100.dill", _CC, 40, 4, 100, "CIFAR-100", "standardised as in dpnb.augment"
+    ),
+    "wrn-40-4-imagenet32": Weights(
+        AUTHORS + "WRN_40_4_IMAGENET32.dill", _CC, 40, 4, 1000, "ImageNet at 32x32", _CENTRED
+    ),
+    "wrn-28-10-imagenet32": Weights(
+        AUTHORS + "WRN_28_10_IMAGENET32.dill", _CC, 28, 10, 1000, "ImageNet at 32x32", _CENTRED
+    ),
+}
+
+
+def load(name_or_path: str | pathlib.Path, cache: str | pathlib.Path = CACHE) -> Arrays:
+    """The parameters of a public network, {"blocks/0/conv1/kernel": float32 array, ...}.
+
+    Args:
+      name_or_path: a safetensors file of ours, or one of `WEIGHTS`.
+      cache: where converted files of named weights are kept.
+    Raises:
+      KeyError: neither a file nor a name.
+      ValueError: a named file is not the one on record, or no hash is on record for it (nothing is
+        trusted on first use).  OSError: offline.  The cache never keeps half a file or a wrong one.
+    """
+    path = pathlib.Path(name_or_path)
+    if path.is_file():
+        return parse(path.read_bytes())
+    if str(name_or_path) not in WEIGHTS:
+        raise KeyError(
+            f"weights are a safetensors file or one of {', '.join(WEIGHTS)}; got {str(name_or_path)!r}"
+        )
+    name, weights = str(name_or_path), WEIGHTS[str(name_or_path)]
+    if weights.sha256 is None:
+        raise ValueError(
+            f"{name}: no SHA-256 is on record, and nothing is trusted on first use; download {weights.url} "
+            f"yourself, `python -m dpnb.models.pretrained convert {name} FILE OUT.safetensors`, and pass OUT's path"
+        )
+    kept = pathlib.Path(cache).expanduser() / f"{name}.safetensors"
+    if not kept.is_file():
+        try:
+            with urllib.request.urlopen(weights.url, timeout=60) as answer:
+                published = answer.read()
+        except OSError as error:
+            raise OSError(f"{name}: {weights.url} cannot be reached ({error}); pass a local path") from error
+        content = serialised(convert(published, weights))
+        _check(name, content, weights.sha256, weights.url)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(kept, content)
+    content = kept.read_bytes()
+    _check(name, content, weights.sha256, kept)
+    return parse(content)
+
+
+def _check(name: str, content: bytes, sha256: str, source) -> None:
+    got = hashlib.sha256(content).hexdigest()
+    if got != sha256:
+        raise ValueError(f"{name}: SHA-256 must be {sha256}, got {got} from {source}; it is not used")
+
+
+def convert(published: str | pathlib.Path | bytes, weights: Weights) -> Arrays:
+    """The authors' pickle {"params": ..., "network_state": ...} as our parameters, float32.
+
+    Raises:
+      ValueError: the file is no such pickle (`unpickle.Refused`), or holds another network.
+    """
+    tree = unpickle.load(published)
+    if not isinstance(tree, dict) or not isinstance(tree.get("params"), dict):
+        raise ValueError("the pickle must hold a dict with the key 'params', got something else")
+    return wide_resnet_from_haiku(tree["params"], weights.depth)
+
+
+def wide_resnet_from_haiku(params: dict[str, Arrays], depth: int) -> Arrays:
+    """Haiku's names to ours.  The layers compute the same: padding is SAME in both, the constant of
+    weight standardisation 1e-4, that of the group norm 1e-5.
+
+    Args:
+      params: {"wide_res_net/First_conv": {"w": ..., "gain": ..., "bias": ...}, ...}; a file of the
+        first release has "~conv_fn/" and "~norm_fn/" in its names, which say nothing.
+      depth: 6 n + 4.
+    Raises:
+      ValueError: names are missing or left over: another depth, or another network.
+    """
+    left = {
+        name.split("wide_res_net/")[-1].replace("~conv_fn/", "").replace("~norm_fn/", "").lstrip("~/"): leaves
+        for name, leaves in params.items()
+    }
+    made, missing = {}, []
+
+    def take(ours: str, theirs: str, **leaves: str) -> None:
+        found = dict(left.pop(theirs, {}))
+        for our_leaf, their_leaf in leaves.items():
+            if their_leaf not in found:
+                missing.append(f"{theirs}/{their_leaf}")
+                continue
+            array = np.asarray(found.pop(their_leaf), np.float32)
+            # Old group norms keep their scale as [1, 1, 1, channels].
+            made[f"{ours}/{our_leaf}"] = array.reshape(-1) if our_leaf in ("scale", "bias", "gain") else array
+        if found:
+            left[theirs] = found
+
+    conv = dict(kernel="w", gain="gain", bias="bias")
+    norm = dict(scale="scale", bias="offset")
+    take("stem", "First_conv", **conv)
+    n = (depth - 4) // 6
+    for stage in range(3):
+        block = f"Block_{stage + 1}"
+        take(f"blocks/{stage * n}/skip_norm", f"{block}_skip_norm", **norm)
+        take(f"blocks/{stage * n}/skip_conv", f"{block}_skip_conv", **conv)
+        for i in range(n):
+            for j in range(2):
+                take(f"blocks/{stage * n + i}/norm{j + 1}", f"{block}_norm_{i}_{j}", **norm)
+                take(f"blocks/{stage * n + i}/conv{j + 1}", f"{block}Conv_{i}_{j}", **conv)
+    take("norm", "Final_norm", **norm)
+    take("linear", "Softmax", kernel="w", bias="b")
+    if missing or left:
+        raise ValueError(
+            f"the file must hold a Wide-ResNet of depth {depth}, got one without {missing[:3]} and with "
+            f"{sorted(left)[:3]} beyond it; another depth?"
+        )
+    return dict(sorted(made.items()))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`list` the registry, or `convert` a published file and say its hash."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dpnb.models.pretrained", description=__doc__.split("\n")[0]
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="names, sources, licences, and what each network saw")
+    add = commands.add_parser("convert", help="a published file to safetensors")
+    add.add_argument("name", choices=WEIGHTS)
+    add.add_argument("published", type=pathlib.Path)
+    add.add_argument("out", type=pathlib.Path)
+    options = parser.parse_args(arguments)
+    if options.command == "list":
+        for name, w in WEIGHTS.items():
+            print(f"{name}: WRN-{w.depth}-{w.width}, {w.num_classes} classes, saw {w.saw}; inputs {w.inputs}")
+            print(f"    {w.url} ({w.licence}), SHA-256 of the converted file: {w.sha256 or 'not on record'}")
+        return 0
+    try:
+        content = serialised(convert(options.published, WEIGHTS[options.name]))
+    except (OSError, ValueError) as error:
+        print(f"{options.published}: {error}", file=sys.stderr)
+        return 2
+    write_whole(options.out, content)
+    print(f"{options.out}: SHA-256 {hashlib.sha256(content).hexdigest()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
