@@ -108,14 +108,15 @@ def bars(frame, title: str, reference: dict[str, float] | None = None) -> Figure
     axis.barh(places, frame["ema"], xerr=frame["ema_std"], color="C0", alpha=0.8, label="ours (mean, std)")
     for place, (_, row) in zip(places, frame.iterrows(), strict=True):
         text = f"{row['ema']:.1f} (n = {row['n']})" if row["n"] else "not run at this scale"
-        axis.text((row["ema"] if row["n"] else 0) + 1, place, text, va="center", fontsize=8)
+        end = np.nansum([row["ema"], row["ema_std"]]) if row["n"] else 0
+        axis.text(end + 1, place, text, va="center", fontsize=8)
     if reference:
         known = [(p, reference[c]) for p, c in zip(places, frame["cell"], strict=True) if c in reference]
         axis.plot([v for _, v in known], [p for p, _ in known], "kD", label="others, full scale")
     axis.set_yticks(places, frame["cell"])
     axis.invert_yaxis()
     right = np.nanmax([0, *(frame["ema"] + frame["ema_std"].fillna(0)), *(reference or {}).values()])
-    axis.set(xlabel="test accuracy, averaged parameters (%)", title=title, xlim=(0, 1.2 * right or 1))
+    axis.set(xlabel="test accuracy (%)", title=title, xlim=(0, 1.2 * right or 1))
     axis.grid(alpha=0.3, axis="x")
     axis.legend(fontsize=8)
     return figure

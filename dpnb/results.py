@@ -262,12 +262,17 @@ def summary(cells: list[experiments.Experiment], records: list[dict[str, Any]]):
                 "raw": mean([r["accuracy"]["raw"] for r in runs]),
                 "n": len(runs),
                 "minutes": mean([r["seconds"] / 60 for r in runs]),
-                "scale": f"WRN-{e.depth}-{e.width}, B {e.expected_batch_size}, {e.steps} updates, K {e.augmult}",
+                "scale": f"{network(e)}, B {e.expected_batch_size}, {e.steps} updates, K {e.augmult}",
                 "first": e.fingerprint() not in seen,
             }
         )
         seen.add(e.fingerprint())
     return pandas.DataFrame(rows)
+
+
+def network(e: experiments.Experiment) -> str:
+    """ "WRN-16-4", or the name of a network without depth and width."""
+    return f"WRN-{e.depth}-{e.width}" if e.network == "wrn" else e.network
 
 
 def study(frame) -> str:

@@ -52,7 +52,7 @@ def test_shows_what_is_on_record(name, tmp_path):
     outputs, text = execute(name, tmp_path, train=False)
     figures = {
         "cifar10_ablation.ipynb": 3,
-        "cifar10_batch_noise_steps.ipynb": 6,
+        "cifar10_batch_noise_steps.ipynb": 5,
         "cifar10_depth_width.ipynb": 2,
     }
     assert sum("image/png" in o.get("data", {}) for o in outputs) == figures.get(name, 1)
