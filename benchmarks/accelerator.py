@@ -25,16 +25,13 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from clipped_gradient import textbook
-from flax import nnx
+from clipped_gradient import compiled, network, off, textbook
 
 from dpnb import augment, cost, experiments
 from dpnb.clipping import clipped_grad
 from dpnb.convolution import FORMULATIONS, formulation
 from dpnb.data import Dataset, Split
 from dpnb.data import load as load_data
-from dpnb.models import WideResNet, functional
 from dpnb.update import make_trainer, one_update, step_keys
 
 # name: (compute dtype, precision of matrix products)
@@ -64,29 +61,9 @@ def ceilings(side: int, rounds: int) -> dict[str, float]:
         product = jax.jit(functools.partial(jnp.matmul, precision=precision))
         found[name] = 2 * side**3 / seconds(lambda f=product, a=a, b=b: f(a, b), rounds)
     x = jax.random.normal(jax.random.key(0), (side, side))
-    found["copy"] = 2 * x.nbytes / seconds(lambda: jax.jit(jnp.negative)(x), rounds)
+    copy = jax.jit(jnp.negative)
+    found["copy"] = 2 * x.nbytes / seconds(lambda: copy(x), rounds)
     return found
-
-
-def network(depth: int, width: int, dtype: str):
-    """Parameters, loss per view of one example, and mean loss of many views."""
-    params, apply = functional(
-        WideResNet(depth, width, dtype=None if dtype == "float32" else dtype, rngs=nnx.Rngs(0))
-    )
-
-    def losses(params, images, labels):
-        return optax.softmax_cross_entropy_with_integer_labels(apply(params, images), labels)
-
-    def loss(params, example):
-        images, label = example
-        return losses(params, images, jnp.full(len(images), label))
-
-    def batch_loss(params, examples):
-        images, labels = examples
-        flat = images.reshape(-1, *images.shape[2:])
-        return losses(params, flat, jnp.repeat(labels, images.shape[1])).mean()
-
-    return params, loss, batch_loss
 
 
 def examples_of(views: int, k: int):
@@ -99,13 +76,7 @@ def clipped_sum(params, loss, examples, how: str):
     """Our core, compiled, in one formulation: ((params, examples) -> sum, bytes of temporaries)."""
     grad = clipped_grad(loss, 1.0, rescale_to_unit_norm=True)
     with formulation(how):
-        program = jax.jit(lambda p, e: grad(p, e)[0]).lower(params, examples).compile()
-    return program, program.memory_analysis().temp_size_in_bytes
-
-
-def off(got, want) -> float:
-    """||got - want|| / ||want||."""
-    return float(optax.global_norm(jax.tree.map(jnp.subtract, got, want)) / optax.global_norm(want))
+        return compiled(lambda p, e: grad(p, e)[0], params, examples)
 
 
 class Bench:
@@ -139,11 +110,11 @@ class Bench:
     def formulations(self) -> str:
         """Each one checked against float32 and timed in bfloat16; the fastest."""
         views, k = self.args.views[0], self.args.k
-        params, loss, _ = network(self.args.depth, self.args.width, "float32")
+        params, loss, _ = network(self.args.depth, self.args.width)
         few = examples_of(2 * k, k)
         with jax.default_matmul_precision("highest"):
             want = clipped_sum(params, loss, few, "unrolled")[0](params, few)
-        _, half, _ = network(self.args.depth, self.args.width, "bfloat16")
+        _, half, _ = network(self.args.depth, self.args.width, dtype="bfloat16")
         examples, rates = examples_of(views, k), {}
         for how in self.args.formulations:
 
@@ -168,19 +139,17 @@ class Bench:
     def compare(self, precision: str, views: int, how: str) -> float:
         """Ours, non-private and plain vmap of the same views; views/s of ours."""
         dtype, products = PRECISIONS[precision]
-        params, loss, batch_loss = network(self.args.depth, self.args.width, dtype)
+        params, loss, batch_loss = network(self.args.depth, self.args.width, dtype=dtype)
         examples = examples_of(views, self.args.k)
 
         def measure():
             with jax.default_matmul_precision(products):
                 program, memory = clipped_sum(params, loss, examples, how)
-                plain = jax.jit(jax.grad(batch_loss)).lower(params, examples).compile()
+                plain, plain_memory = compiled(jax.grad(batch_loss), params, examples)
             mine = seconds(lambda: program(params, examples), self.args.rounds)
             base = seconds(lambda: plain(params, examples), self.args.rounds)
             same = dict(precision=precision, formulation=how)
-            self.row(
-                "non-private", views, base, temporaries=plain.memory_analysis().temp_size_in_bytes, **same
-            )
+            self.row("non-private", views, base, temporaries=plain_memory, **same)
             return self.row("ours", views, mine, temporaries=memory, ratio=mine / base, **same)
 
         rate = self.attempt(measure) or 0.0
@@ -208,7 +177,7 @@ class Bench:
                 began = time.perf_counter()
                 state, seen = jax.block_until_ready(one_update(trainer, state))
                 if update:
-                    took.append((time.perf_counter() - began) / float(seen.examples[()]))
+                    took.append((time.perf_counter() - began) / float(seen.examples))
         per_update = float(np.median(took)) * e.expected_batch_size
         self.row(
             "update", e.expected_batch_size * max(e.augmult, 1), per_update, precision=precision,

@@ -60,9 +60,9 @@ class Method(NamedTuple):
         return self.milliseconds / reference.milliseconds
 
 
-def network(depth: int, width: int, plain: bool):
-    """Parameters, and the mean loss of one example: images [K, 32, 32, 3] and its label."""
-    model = WideResNet(depth, width, rngs=nnx.Rngs(0))
+def network(depth: int, width: int, plain: bool = False, dtype: str | None = None):
+    """Parameters, loss per view of one example (images [K, 32, 32, 3], label), and mean loss of many views."""
+    model = WideResNet(depth, width, dtype=dtype, rngs=nnx.Rngs(0))
     if plain:
         for _, module in nnx.iter_modules(model):
             if isinstance(module, Conv):
@@ -89,6 +89,11 @@ def compiled(function, *args, donate=()):
     program = jax.jit(function, donate_argnums=donate).lower(*args).compile()
     analysis = program.memory_analysis()
     return program, None if analysis is None else analysis.temp_size_in_bytes
+
+
+def off(got, want) -> float:
+    """||got - want|| / ||want||."""
+    return float(optax.global_norm(jax.tree.map(jnp.subtract, got, want)) / optax.global_norm(want))
 
 
 def non_private(params, batch_loss, examples) -> Method:
@@ -179,9 +184,9 @@ def measure(methods: dict[str, Method], rounds: int) -> None:
             slow.add(name)
             method.seconds.append(seconds)
         if name != "non-private":
-            off = optax.global_norm(jax.tree.map(jnp.subtract, got, want)) / optax.global_norm(want)
-            if not off < 1e-2:  # a ReLU may flip in float32
-                raise AssertionError(f"{name} must compute the same sum as ours, got {off:.1e} off it")
+            apart = off(got, want)
+            if not apart < 1e-2:  # a ReLU may flip in float32
+                raise AssertionError(f"{name} must compute the same sum as ours, got {apart:.1e} off it")
     for _ in range(rounds):
         for name, method in methods.items():
             if name in slow:

@@ -84,18 +84,19 @@ def load(name_or_path: str | pathlib.Path, cache: str | pathlib.Path = CACHE) ->
             f"yourself, `python -m dpnb.models.pretrained convert {name} FILE OUT.safetensors`, and pass OUT's path"
         )
     kept = pathlib.Path(cache).expanduser() / f"{name}.safetensors"
-    if not kept.is_file():
-        try:
-            with urllib.request.urlopen(weights.url, timeout=60) as answer:
-                published = answer.read()
-        except OSError as error:
-            raise OSError(f"{name}: {weights.url} cannot be reached ({error}); pass a local path") from error
-        content = serialised(convert(published, weights))
-        _check(name, content, weights.sha256, weights.url)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(kept, content)
-    content = kept.read_bytes()
-    _check(name, content, weights.sha256, kept)
+    if kept.is_file():
+        content = kept.read_bytes()
+        _check(name, content, weights.sha256, kept)
+        return parse(content)
+    try:
+        with urllib.request.urlopen(weights.url, timeout=60) as answer:
+            published = answer.read()
+    except OSError as error:
+        raise OSError(f"{name}: {weights.url} cannot be reached ({error}); pass a local path") from error
+    content = serialised(convert(published, weights))
+    _check(name, content, weights.sha256, weights.url)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(kept, content)
     return parse(content)
 
 
