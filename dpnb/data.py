@@ -111,8 +111,9 @@ def load(name: str, *, data_dir=None, file=None, validation: int = 0, note: str 
     """A data set in memory.
 
     Args:
-      name: "cifar10" or "cifar100" (TFDS, in its order), or "digits" (scikit-learn's 8x8
-        digits, upscaled and coloured to 32x32x3: small, no download). With `file`, any name.
+      name: "cifar10", "cifar100" or any TFDS data set of small images of one size that is prepared
+        below `data_dir`, such as "imagenet_resized/32x32" (in TFDS's order), or "digits" (scikit-learn's
+        8x8 digits, upscaled and coloured to 32x32x3: small, no download). With `file`, any name.
       data_dir: TFDS directory; None for TFDS's own default.
       file: array file written by `save`; needs neither TFDS nor scikit-learn.
       validation: hold out the last so many training images and report on them instead of the
@@ -125,10 +126,8 @@ def load(name: str, *, data_dir=None, file=None, validation: int = 0, note: str 
         data = _load_file(name, pathlib.Path(file).expanduser())
     elif name == "digits":
         data = _load_digits()
-    elif name in CLASSES:
-        data = _load_tfds(name, data_dir)
     else:
-        raise DataError(f"name must be one of {', '.join(CLASSES)}, or come with `file`; got {name!r}")
+        data = _load_tfds(name, data_dir)
     train, test = data.train, data.test
     if validation:
         if not 0 < validation < len(train):
@@ -221,12 +220,23 @@ def tfds_or_error():
 
 
 def command(name: str, data_dir) -> str:
+    if name not in CLASSES:
+        return f"tfds build {name} --file_format=array_record" + (
+            f" --data_dir {data_dir}" if data_dir else ""
+        )
     return f"python -m dpnb.data {name}" + (f" --data-dir {data_dir}" if data_dir is not None else "")
 
 
 def _load_tfds(name: str, data_dir) -> Dataset:
     tfds = tfds_or_error()
-    builder = tfds.builder(name, data_dir=None if data_dir is None else os.path.expanduser(data_dir))
+    try:
+        builder = tfds.builder(name, data_dir=None if data_dir is None else os.path.expanduser(data_dir))
+    except Exception as error:  # not registered, and nothing of that name prepared
+        known = ", ".join(CLASSES)
+        raise DataError(
+            f"name must be one of {known}, a data set that TFDS finds below data_dir ({data_dir}), or come "
+            f"with `file`; got {name!r} ({type(error).__name__})"
+        ) from error
     where = pathlib.Path(builder.data_path)
     if not where.exists():
         raise DataError(f"{name} is not prepared in {where}; run: {command(name, data_dir)}")
@@ -236,9 +246,19 @@ def _load_tfds(name: str, data_dir) -> Dataset:
             f"directory, as array_record: {command(name, 'DIR')}"
         )
 
+    known = dict(builder.info.features.items())
+    shape = known["image"].shape if "image" in known else [None]
+    if None in shape or "label" not in known:
+        raise DataError(f"{name} must have an image of one size and a label, got {list(known.items())}")
+    report = next((s for s in ("test", "validation", "val") if s in builder.info.splits), None)
+    if report is None or "train" not in builder.info.splits:
+        raise DataError(
+            f"{name} needs a train and a test or validation split, got {list(builder.info.splits)}"
+        )
+
     def read(split: str) -> Split:
-        source = tfds.data_source(name, split=split, data_dir=builder.data_dir_root, download=False)
-        images, labels = np.empty((len(source), 32, 32, 3), np.uint8), np.empty(len(source), np.int32)
+        source = builder.as_data_source(split=split)
+        images, labels = np.empty((len(source), *shape), np.uint8), np.empty(len(source), np.int32)
         for start in range(0, len(source), 1000):  # in bulk, half the time of one by one
             rows = list(range(start, min(start + 1000, len(source))))
             for row, example in zip(rows, source.__getitems__(rows), strict=True):
@@ -246,7 +266,7 @@ def _load_tfds(name: str, data_dir) -> Dataset:
         return Split(images, labels)
 
     try:
-        train, test = read("train"), read("test")
+        train, test = read("train"), read(report)
     except ImportError as error:
         raise DataError(f"reading {where} needs array_record and Pillow ({error}); run: {INSTALL}") from error
     except Exception as error:  # TFDS, array_record and Pillow each have their own

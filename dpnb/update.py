@@ -107,6 +107,14 @@ def make_model(experiment: Experiment, num_classes: int, seed: int) -> nnx.Modul
     )
 
 
+def make_optimizer(experiment: Experiment) -> optax.GradientTransformation:
+    """SGD (paper, appendix: constant learning rate, no momentum)."""
+    rate = experiment.learning_rate
+    if experiment.schedule == "cosine":
+        rate = optax.cosine_decay_schedule(rate, experiment.steps)
+    return optax.sgd(rate, experiment.momentum or None)
+
+
 def make_loss(apply) -> Callable:
     """Softmax cross-entropy per view, with the fraction of views that are classified rightly."""
 
@@ -146,7 +154,7 @@ def make_trainer(
     mesh = jax.sharding.Mesh(np.array(devices), ("data",))
     everywhere = NamedSharding(mesh, PartitionSpec())
     params, apply = functional(make_model(experiment, len(data.classes), seed) if model is None else model)
-    optimizer = optimizer or optax.sgd(experiment.learning_rate, experiment.momentum or None)
+    optimizer = optimizer or make_optimizer(experiment)
     rescale = math.isfinite(experiment.clip_norm)
     physical = physical_batch_size or call_size(experiment)
     micro = microbatch(experiment.augmult)

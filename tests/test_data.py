@@ -186,7 +186,7 @@ def test_unreadable_files(tmp_path):
 
 def test_unknown_name():
     with pytest.raises(DataError, match="cifar10, cifar100, digits"):
-        data.load("mnist")
+        data.load("no-such-data-set")
 
 
 def test_files_need_neither_tfds_nor_sklearn(tmp_path):

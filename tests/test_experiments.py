@@ -100,6 +100,7 @@ DECISIVE = {
     "steps": 7, "expected_batch_size": 7, "augmult": 7, "clip_norm": 0.5, "learning_rate": 1.0,
     "ema_decay": 0.5, "sampler": "shuffle", "accountant": "rdp", "validation": 7, "compute_dtype": "bfloat16",
     "network": "scatter-linear", "norm": "none", "standardised": False, "relu_first": False, "momentum": 0.9,
+    "schedule": "cosine", "pretrained": "somewhere", "trainable": "last-2",
 }  # fmt: skip
 
 
@@ -108,6 +109,8 @@ def test_fingerprint_sees_what_decides_and_only_that(field):
     """The seed is missing on purpose: training derives the effective one from both."""
     base = Experiment("x", augmult=0)
     value = {**PRESENTATION, **DECISIVE}[field]  # a new field has to be put into one of the two
+    if field == "trainable":
+        base = base.replace(pretrained="somewhere")
     assert getattr(base, field) != value
     same = base.replace(**{field: value}).fingerprint() == base.fingerprint()
     assert same == (field in PRESENTATION)
@@ -118,3 +121,22 @@ def test_fingerprint_sees_the_data_and_is_stable():
     assert base.fingerprint() == Experiment("x").fingerprint()
     assert len({base.fingerprint(), base.fingerprint(data="a"), base.fingerprint(data="b")}) == 3
     assert base.replace(seed=1).fingerprint() == base.fingerprint()
+
+
+def test_fields_that_came_later_leave_old_fingerprints_alone():
+    """Seeds and checkpoints of runs on record derive from these."""
+    known = "5d80be4d58d0b86644d1697e0c16bd8ba1d9e687b7258458869bf96984989097"
+    assert experiments.get("cifar10/wrn-16-4/eps8").fingerprint() == known
+
+
+@pytest.mark.parametrize("trainable", ["last-0", "last-", "first-1", "none", ""])
+def test_what_is_trained_is_all_the_classifier_or_the_last_blocks(trainable):
+    with pytest.raises(ValueError, match="trainable must be all, classifier, or last-k"):
+        Experiment("x", pretrained="somewhere", trainable=trainable)
+
+
+def test_frozen_layers_need_pretrained_weights():
+    with pytest.raises(ValueError, match="need pretrained weights"):
+        Experiment("x", trainable="classifier", augmult=0)
+    with pytest.raises(ValueError, match="augmult 0"):
+        Experiment("x", trainable="classifier", pretrained="somewhere", augmult=4)

@@ -4,10 +4,14 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 
 from dpnb.privacy import ACCOUNTANTS, SAMPLERS, Mechanism
 
 NETWORKS = ("wrn", "scatter-linear")
+SCHEDULES = ("constant", "cosine")
+# Fields younger than the first records: at these values they leave an experiment what it was.
+LATER = {"schedule": "constant", "pretrained": "", "trainable": "all"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +29,10 @@ class Experiment:
       norm: "group" (16 groups) or "none".
       standardised: weight standardisation of all convolutions.
       relu_first: ReLU before the norm, as in the paper; False is the classic order.
+      pretrained: public weights to begin with, a name or path as for `dpnb.models.pretrained.load`; the
+        classifier begins anew.  "" for none.
+      trainable: "all", "classifier" (the last layer, on features that are computed once), or "last-k":
+        the last k residual blocks and what follows them.
       epsilon, delta: the budget, under add-or-remove-one; epsilon = inf for none.
       noise_multiplier: sigma, noise standard deviation / sensitivity.
       steps: number of updates.
@@ -32,6 +40,7 @@ class Experiment:
       augmult: K, augmented views per example; 0 is the plain image.
       clip_norm: C; the update is divided by C, so that learning_rate does not depend on it.
       learning_rate, momentum: of SGD; the paper uses no momentum.
+      schedule: of the learning rate over the updates: "constant" (the paper), or "cosine" down to zero.
       ema_decay: upper limit of the averaging coefficient min(ema_decay, (1 + t) / (10 + t)).
       sampler: "poisson" (exact) or "shuffle" (as the paper ran; its epsilon is nominal).
       accountant: "pld" or "rdp", used for calibration; results state both.
@@ -55,6 +64,8 @@ class Experiment:
     norm: str = "group"
     standardised: bool = True
     relu_first: bool = True
+    pretrained: str = ""
+    trainable: str = "all"
     epsilon: float | None = 8.0
     delta: float = 1e-5
     noise_multiplier: float | None = None
@@ -64,6 +75,7 @@ class Experiment:
     clip_norm: float = 1.0
     learning_rate: float = 2.0
     momentum: float = 0.0
+    schedule: str = "constant"
     ema_decay: float = 0.9999
     sampler: str = "poisson"
     accountant: str = "pld"
@@ -107,10 +119,22 @@ class Experiment:
         check(self.network in NETWORKS, f"network must be one of {NETWORKS}", self.network)
         check(self.norm in ("group", "none"), "norm must be group or none", self.norm)
         check(
-            self.network == "wrn" or self.augmult == 0,
+            not self.on_features or self.augmult == 0,
             "fixed features are computed once, from the plain image (augmult 0)",
             self.augmult,
         )
+        check(self.schedule in SCHEDULES, f"schedule must be one of {SCHEDULES}", self.schedule)
+        check(
+            self.trainable in ("all", "classifier") or re.fullmatch(r"last-[1-9]\d*", self.trainable),
+            "trainable must be all, classifier, or last-k (last-1, last-2 ...)",
+            self.trainable,
+        )
+        check(
+            self.trainable == "all" or self.pretrained,
+            "layers that are not trained need pretrained weights (a name or a path)",
+            self.pretrained,
+        )
+        check(not self.pretrained or self.network == "wrn", "only a wrn begins pretrained", self.network)
         check(self.sampler in SAMPLERS, f"sampler must be one of {SAMPLERS}", self.sampler)
         check(self.accountant in ACCOUNTANTS, f"accountant must be one of {ACCOUNTANTS}", self.accountant)
         check(
@@ -118,6 +142,11 @@ class Experiment:
             "compute_dtype must be float32 or bfloat16",
             self.compute_dtype,
         )
+
+    @property
+    def on_features(self) -> bool:
+        """What is trained reads features that are computed once (`dpnb.features`), not images."""
+        return self.network == "scatter-linear" or self.trainable == "classifier"
 
     def replace(self, **changes) -> "Experiment":
         """A copy with some fields changed; an unknown name raises TypeError."""
@@ -132,7 +161,8 @@ class Experiment:
 
         Rounding apart: the physical batch size may differ where another machine goes on.
         """
-        text = json.dumps({**self.decisive(), **more}, sort_keys=True, default=str)
+        fields = {k: v for k, v in self.decisive().items() if k not in LATER or v != LATER[k]}
+        text = json.dumps({**fields, **more}, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def decisive(self) -> dict:

@@ -1,0 +1,47 @@
+"""Training without privacy on public images, for networks that are then fine-tuned privately.
+
+The same networks as everywhere (no layer mixes examples), without clipping and noise: epsilon is infinite
+*for the public images*. PAPER.md's checkpoints were trained on ImageNet at 32x32 and on CIFAR-100.
+"""
+
+from dpnb.experiments.experiment import Experiment
+
+
+def _cell(data: str, dataset: str, depth: int, width: int, epochs_of: int, source: str) -> Experiment:
+    return Experiment(
+        name=f"pretrain/{data}",
+        dataset=dataset,
+        depth=depth,
+        width=width,
+        epsilon=float("inf"),
+        noise_multiplier=0.0,
+        clip_norm=float("inf"),
+        steps=90 * epochs_of // 1024,
+        expected_batch_size=1024,
+        augmult=1,
+        learning_rate=0.4,
+        momentum=0.9,
+        schedule="cosine",
+        ema_decay=0.9995,
+        eval_every=1000,
+        paper_source=source,
+    )
+
+
+_OURS = "not in the paper: {}; the optimiser's settings are ours"
+TABLE = [
+    _cell("imagenet32", "imagenet_resized/32x32", 28, 10, 1_281_167, _OURS.format("as its WRN-28-10 of ImageNet at 32x32")),
+    _cell("cifar100", "cifar100", 40, 4, 50_000, _OURS.format("as its WRN-40-4 of CIFAR-100")),
+    _cell("tiny-imagenet32", "tiny_imagenet32", 16, 4, 100_000, _OURS.format("a smaller public set")),
+]  # fmt: skip
+
+
+def at(experiment: Experiment, preset: str) -> dict:
+    """The changes that a preset makes: WRN-10-2 on CPUs, WRN-16-4 on a small GPU."""
+    cpu = dict(depth=10, width=2, expected_batch_size=256, learning_rate=0.1, physical_batch_size=32)
+    return {
+        "smoke": dict(cpu, width=1, steps=20, eval_every=0),
+        "teach": dict(cpu, steps=2000, ema_decay=0.99, eval_every=250, eval_examples=2000),
+        "colab": dict(depth=16, width=4, steps=min(experiment.steps, 10_000), compute_dtype="bfloat16"),
+        "paper": {},
+    }[preset]
