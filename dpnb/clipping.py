@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 PyTree = Any
+FEW = 64  # examples whose gradients are added one by one on CPU
 
 
 class NonPrivate(NamedTuple):
@@ -97,7 +98,8 @@ class ClippedGrad:
         # Selected, not multiplied by zero: zero times NaN is NaN.
         used = mask & jnp.isfinite(norms)
         factor = self._factor(jnp.where(used, norms, 1.0))
-        add = _add_one_by_one if jax.default_backend() == "cpu" else _add_reduced
+        few = jax.default_backend() == "cpu" and len(norms) <= FEW
+        add = _add_one_by_one if few else _add_reduced
         info = NonPrivate(jnp.where(mask, norms, 0), jnp.where(mask, losses, 0), aux)
         return jax.tree.map(lambda total, g: add(total, g, factor, used), total, grads), info
 
@@ -116,7 +118,7 @@ def _add_one_by_one(total, g, factor, used):
 
 
 def _add_reduced(total, g, factor, used):
-    """The same as a reduction, of the same size whatever the number of examples: for accelerators.
+    """The same as a reduction, of the same size whatever the number of examples.
 
     Not a matrix product, which would round to half precision there.
     """

@@ -17,6 +17,7 @@ from safetensors.numpy import save as serialised
 from dpnb import experiments, ledger, privacy
 from dpnb.data import Dataset
 from dpnb.files import write_whole
+from dpnb.models import pretrained
 from dpnb.training import Run
 
 WITHIN = 1.0  # points: re-runs of one setting spread by 0.8 to 0.9
@@ -61,6 +62,7 @@ def record(run: Run, data: Dataset) -> dict[str, Any]:
             "fingerprint": data.fingerprint,
             "note": data.note,
         },
+        "pretrained": pretrained.used(e),
         "paper": {"mean": e.paper_mean, "std": e.paper_std, "source": e.paper_source},
         "seconds": run.seconds,
         "devices": run.devices,
@@ -78,20 +80,22 @@ def save(run: Run, data: Dataset, directory: str | pathlib.Path) -> dict[str, An
     """Writes `result.json` and the averaged parameters (`ema.safetensors`, float32)."""
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    write_whole(directory / "ema.safetensors", serialised(flatten(run.ema_params)))
+    saw = f"{data.name}, as {run.experiment.name} (fingerprint {data.fingerprint})"
+    write_whole(directory / "ema.safetensors", serialised(flatten(run.ema_params), {"saw": saw}))
     made = record(run, data)
     write_whole(directory / "result.json", json.dumps(made, indent=1, allow_nan=False) + "\n")
     return made
 
 
-def statement(result: dict[str, Any], pretrained: str = "") -> str:
+def statement(result: dict[str, Any]) -> str:
     """The privacy statement of a record, in prose."""
+    public = result.get("pretrained")
     return ledger.privacy_statement(
         result["ledger"],
         delta=result["privacy"]["delta"],
         seed_published=result["privacy"]["seed_published"],
         data_note=result["data"]["note"],
-        pretrained=pretrained,
+        pretrained=public["saw"] if public else "",
     )
 
 

@@ -10,11 +10,12 @@ import jax
 from dpnb import cost, experiments, features, results, training
 from dpnb.data import Dataset
 from dpnb.experiments import Experiment
+from dpnb.models import pretrained
 
 # Experiments that agree in these compile to the same program: one is timed for all.
 PROGRAM = (
     "dataset", "network", "depth", "width", "norm", "standardised", "relu_first", "augmult", "compute_dtype",
-    "physical_batch_size",
+    "physical_batch_size", "pretrained", "trainable",
 )  # fmt: skip
 
 
@@ -70,9 +71,16 @@ def directory(root: str | pathlib.Path, e: Experiment) -> pathlib.Path:
 
 
 def finished(e: Experiment, data: Dataset, records: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The record of this very experiment and seed on these very images, under whatever name it ran."""
-    images = features.fingerprint(e, data)
-    same = [r for r in results.of(e, records) if r["seed"] == e.seed and r["data"]["fingerprint"] == images]
+    """The record of this very experiment and seed on these very images, under whatever name it ran.
+
+    With public weights it must have begun with these very ones.
+    """
+    images, began = features.fingerprint(e, data), pretrained.used(e)
+    same = [
+        r
+        for r in results.of(e, records)
+        if (r["seed"], r["data"]["fingerprint"], r.get("pretrained")) == (e.seed, images, began)
+    ]
     return same[0] if same else None
 
 

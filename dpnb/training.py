@@ -25,6 +25,7 @@ from dpnb.experiments.experiment import Experiment
 from dpnb.hosts import from_first
 from dpnb.identity import code, computation
 from dpnb.ledger import BudgetExceeded, Ledger, derived_seed, lineage
+from dpnb.models import pretrained
 from dpnb.models.checks import check_independent
 from dpnb.progress import Progress
 from dpnb.update import Seen, call_size, make_model, make_trainer, one_update
@@ -123,7 +124,9 @@ def train(
     directory.mkdir(parents=True, exist_ok=True)
     experiment = calibrated(experiment, len(data.train))
     custom = computation(model, optimizer, data.train.images.shape[1:])
-    fingerprint = experiment.fingerprint(data=data.fingerprint, custom=custom)
+    public = pretrained.used(experiment, unseen=data.fingerprint)
+    origin = {"public": public["sha256"]} if public else {}
+    fingerprint = experiment.fingerprint(data=data.fingerprint, custom=custom, **origin)
     used = jax.devices() if devices is None else devices
     hardware = f"{len(used)} x {used[0].device_kind}, jax {jax.__version__}"
     computer = f"{hardware}, {call_size(experiment)} examples a call, {code()}"

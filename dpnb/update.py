@@ -21,7 +21,7 @@ from dpnb import augment, sampling
 from dpnb.clipping import ClippedGrad, clipped_grad
 from dpnb.data import Dataset
 from dpnb.experiments.experiment import Experiment
-from dpnb.models import ScatterLinear, WideResNet, functional
+from dpnb.models import ScatterLinear, WideResNet, functional, pretrained, transfer
 from dpnb.models.wide_resnet import norm_then_relu, relu_then_norm
 from dpnb.noise import add_noise
 
@@ -90,21 +90,36 @@ def step_keys(root: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def make_model(experiment: Experiment, num_classes: int, seed: int) -> nnx.Module:
-    """The experiment's network with its initial parameters."""
+    """The experiment's network with its initial parameters.
+
+    Raises:
+      KeyError, ValueError, OSError: public weights that cannot be had, or are another network's.
+    """
     if experiment.network == "scatter-linear":
         return ScatterLinear(num_classes)
-    dtype = None if experiment.compute_dtype == "float32" else experiment.compute_dtype
+    if experiment.trainable == "classifier":
+        return ScatterLinear(num_classes, (64 * experiment.width,))
     rngs = nnx.Rngs(params=jax.random.fold_in(jax.random.wrap_key_data(root_key(seed)), 2**31))
-    return WideResNet(
+    model = make_wide_resnet(experiment, num_classes, rngs)
+    transfer.freeze(model, experiment.trainable)
+    return model
+
+
+def make_wide_resnet(experiment: Experiment, num_classes: int, rngs: nnx.Rngs) -> WideResNet:
+    """The experiment's whole Wide-ResNet, with the public weights that it begins with, if any."""
+    model = WideResNet(
         experiment.depth,
         experiment.width,
         num_classes,
         norm=None if experiment.norm == "group" else lambda features: nnx.identity,
         standardised=experiment.standardised,
         act=relu_then_norm if experiment.relu_first else norm_then_relu,
-        dtype=dtype,
+        dtype=None if experiment.compute_dtype == "float32" else experiment.compute_dtype,
         rngs=rngs,
     )
+    if experiment.pretrained:
+        transfer.begin(model, pretrained.load(experiment.pretrained))
+    return model
 
 
 def make_optimizer(experiment: Experiment) -> optax.GradientTransformation:
@@ -158,7 +173,7 @@ def make_trainer(
     rescale = math.isfinite(experiment.clip_norm)
     physical = physical_batch_size or call_size(experiment)
     micro = microbatch(experiment.augmult)
-    split = devices[0].platform == "cpu" and physical % micro == 0
+    split = devices[0].platform == "cpu" and physical % micro == 0 and not experiment.on_features
     grad = clipped_grad(
         make_loss(apply),
         experiment.clip_norm,

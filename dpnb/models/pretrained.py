@@ -14,14 +14,17 @@ import sys
 import urllib.request
 
 import numpy as np
+from safetensors import safe_open
 from safetensors.numpy import load as parse
 from safetensors.numpy import save as serialised
 
+from dpnb.experiments.experiment import Experiment
 from dpnb.files import write_whole
 from dpnb.models import unpickle
 
 Arrays = dict[str, np.ndarray]
 CACHE = pathlib.Path("~/.cache/dpnb/weights")
+OURS = pathlib.Path(__file__).parents[2] / "results" / "pretrained"  # of a source checkout
 AUTHORS = "https://storage.googleapis.com/dm_jax_privacy/models/"
 
 
@@ -29,9 +32,9 @@ AUTHORS = "https://storage.googleapis.com/dm_jax_privacy/models/"
 class Weights:
     """One published file of a Wide-ResNet.
 
-    url: of the authors' pickle.  sha256: hex, of the *converted* file; None where nobody has
-    measured it yet, and then the name alone is refused.  saw: the public data behind it.
-    inputs: how pixels were scaled there.
+    url: of the authors' pickle; "" for a file of ours, in a checkout's results/pretrained.
+    sha256: hex, of the *converted* file; None where nobody has measured it yet, and then the name
+    alone is refused.  saw: the public data behind it.  inputs: how pixels were scaled there.
     """
 
     url: str
@@ -78,6 +81,10 @@ def load(name_or_path: str | pathlib.Path, cache: str | pathlib.Path = CACHE) ->
             f"weights are a safetensors file or one of {', '.join(WEIGHTS)}; got {str(name_or_path)!r}"
         )
     name, weights = str(name_or_path), WEIGHTS[str(name_or_path)]
+    if not weights.url:
+        content = (OURS / f"{name}.safetensors").read_bytes()
+        _check(name, content, weights.sha256, OURS)
+        return parse(content)
     if weights.sha256 is None:
         raise ValueError(
             f"{name}: no SHA-256 is on record, and nothing is trusted on first use; download {weights.url} "
@@ -98,6 +105,43 @@ def load(name_or_path: str | pathlib.Path, cache: str | pathlib.Path = CACHE) ->
     kept.parent.mkdir(parents=True, exist_ok=True)
     write_whole(kept, content)
     return parse(content)
+
+
+def identity(weights: Arrays) -> str:
+    """SHA-256 (hex) over names, shapes and float32 values, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name, array in sorted(weights.items()):
+        digest.update(f"{name} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array, "<f4"))
+    return digest.hexdigest()
+
+
+def saw(name_or_path: str | pathlib.Path) -> str:
+    """The public data behind these weights, in words; as far as the file itself says."""
+    if pathlib.Path(name_or_path).is_file():
+        with safe_open(name_or_path, "numpy") as file:
+            return (file.metadata() or {}).get("saw", "data that its file does not name")
+    return WEIGHTS[str(name_or_path)].saw
+
+
+def used(experiment: Experiment, unseen: str = "") -> dict[str, str] | None:
+    """Which public weights the experiment begins with, for its record; None for none.
+
+    Args:
+      unseen: fingerprint of the private data, where they are about to be trained on.
+    Raises:
+      ValueError: the weights say that they saw that very data: what they carry of it goes past
+        every clip and all noise, and no epsilon covers it.  Else as `load`.
+    """
+    if not experiment.pretrained:
+        return None
+    content, seen = identity(load(experiment.pretrained)), saw(experiment.pretrained)
+    if unseen and unseen in seen:
+        raise ValueError(
+            f"{experiment.name}: public weights must not have seen the private data, got "
+            f"{experiment.pretrained}, trained on {seen}; take others, or train from scratch"
+        )
+    return {"weights": pathlib.Path(experiment.pretrained).name, "sha256": content, "saw": seen}
 
 
 def _check(name: str, content: bytes, sha256: str, source) -> None:

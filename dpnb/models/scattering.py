@@ -179,7 +179,7 @@ linear.defvjp(lambda *args: (linear(*args), args), _backward)
 
 
 class ScatterLinear(nnx.Module):
-    """A linear layer on fixed features (those of 32x32 images), all its parameters zero at the start."""
+    """A linear layer on fixed features (scattering's of 32x32 images), all its parameters zero at the start."""
 
     def __init__(self, num_classes: int = 10, shape: tuple[int, ...] = (8, 8, 3 * CHANNELS)):
         self.kernel = nnx.Param(jnp.zeros((num_classes, math.prod(shape))))

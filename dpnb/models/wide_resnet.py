@@ -98,10 +98,13 @@ class WideResNet(nnx.Module):
         init = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
         self.linear = nnx.Linear(cin, num_classes, kernel_init=init, rngs=rngs)
 
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """Images float [batch, height, width, 3] -> logits float32 [batch, num_classes]."""
+    def features(self, images: jax.Array) -> jax.Array:
+        """Images float [batch, height, width, 3] -> what the classifier reads, [batch, 64 width]."""
         x = self.stem(images)
         for block in self.blocks:
             x = block(x)
-        x = self.act(self.norm, x).mean((1, 2))
-        return self.linear(x.astype(self.linear.kernel[...].dtype))
+        return self.act(self.norm, x).mean((1, 2))
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Images float [batch, height, width, 3] -> logits float32 [batch, num_classes]."""
+        return self.linear(self.features(images).astype(self.linear.kernel[...].dtype))

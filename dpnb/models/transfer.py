@@ -1,0 +1,71 @@
+"""From public weights to a network that is fine-tuned privately: what it begins with, what is trained."""
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dpnb.models.wide_resnet import WideResNet
+
+Arrays = dict[str, np.ndarray]
+
+
+class Frozen(nnx.Variable):
+    """A parameter that is not trained: not an `nnx.Param`, so `dpnb.models.functional` leaves it as it is."""
+
+
+def begin(model: WideResNet, weights: Arrays) -> None:
+    """Sets every parameter of `model` to the public one of that name; the classifier keeps its own.
+
+    A new data set has other classes, so the paper, too, resets the classifier before fine-tuning.
+
+    Args:
+      weights: {"blocks/0/conv1/kernel": array, ...}, from `dpnb.models.pretrained.load`.
+    Raises:
+      ValueError: names or shapes are not this network's; nothing is set then.
+    """
+    places = {name: place for name, place in _parameters(model).items() if not name.startswith("linear/")}
+    given = {name: array for name, array in weights.items() if not name.startswith("linear/")}
+    shapes = {name: getattr(module, leaf).shape for name, (module, leaf) in places.items()}
+    wrong = sorted(
+        name
+        for name in places.keys() | given.keys()
+        if name not in given or shapes.get(name) != given[name].shape
+    )
+    if wrong:
+        name = wrong[0]
+        got = given[name].shape if name in given else "nothing"
+        raise ValueError(
+            f"the public weights must be this network's, but {name} should be {shapes.get(name, 'absent')}, "
+            f"got {got} (and {len(wrong) - 1} more); set depth, width, norm and standardised as they were there"
+        )
+    for name, (module, leaf) in places.items():
+        setattr(module, leaf, nnx.Param(jnp.asarray(given[name], jnp.float32)))
+
+
+def freeze(model: WideResNet, trainable: str) -> None:
+    """Leaves the last k residual blocks, the last norm and the classifier to be trained.
+
+    Args:
+      trainable: "all" (nothing is frozen), or "last-k", k at most the number of blocks.
+    Raises:
+      ValueError: the network has fewer blocks.
+    """
+    if trainable == "all":
+        return
+    last, blocks = int(trainable.removeprefix("last-")), len(model.blocks)
+    if last > blocks:
+        raise ValueError(f"{trainable}: the network has {blocks} blocks; use last-{blocks}, or all")
+    trained = ("norm/", "linear/", *(f"blocks/{i}/" for i in range(blocks - last, blocks)))
+    for name, (module, leaf) in _parameters(model).items():
+        if not name.startswith(trained):
+            setattr(module, leaf, Frozen(getattr(module, leaf)[...]))
+
+
+def _parameters(model: nnx.Module) -> dict[str, tuple[nnx.Module, str]]:
+    """{"blocks/0/conv1/kernel": (the convolution, "kernel"), ...}"""
+    return {
+        "/".join(map(str, (*path, leaf))): (module, leaf)
+        for path, module in nnx.iter_modules(model)
+        for leaf, value in vars(module).items()
+        if isinstance(value, nnx.Param)
+    }

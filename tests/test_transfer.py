@@ -1,0 +1,179 @@
+"""Public weights into a network: what begins where, what moves, what is refused, and what is on record."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from dpnb import augment, data, features, results, sweep, training
+from dpnb.models import WideResNet, functional, pretrained, transfer
+from dpnb.results import flatten
+from dpnb.update import make_model
+
+
+def network(seed, classes=tiny.CLASSES, depth=10):
+    return WideResNet(depth, 1, classes, rngs=nnx.Rngs(seed))
+
+
+def leaves(model):
+    return flatten(functional(model)[0])
+
+
+@pytest.fixture
+def public(tmp_path):
+    """A file of a WRN-10-1 with seven other classes."""
+    path = tmp_path / "public.safetensors"
+    save_file(leaves(network(5, 7)), path)
+    return str(path)
+
+
+def experiment(public, trainable="all", **changes):
+    fields = dict(network="wrn", depth=10, width=1, steps=2, augmult=0, eval_every=0, physical_batch_size=8)
+    return tiny.experiment(**{**fields, **changes}, pretrained=public, trainable=trainable)
+
+
+def test_everything_but_the_classifier_is_public(public):
+    model, theirs = network(1), load_file(public)
+    own = leaves(model)
+    transfer.begin(model, theirs)
+    for name, array in leaves(model).items():
+        expected = own[name] if name.startswith("linear/") else theirs[name]
+        np.testing.assert_array_equal(array, expected, err_msg=name)
+    images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
+    np.testing.assert_array_equal(model.features(images), network(5, 7).features(images))
+
+
+@pytest.mark.parametrize("other", ["depth", "width", "nothing", "more"])
+def test_another_network_is_refused_and_nothing_is_set(other):
+    model = network(1)
+    given = {
+        "depth": lambda: leaves(network(0, depth=16)),
+        "width": lambda: leaves(WideResNet(10, 2, 4, rngs=nnx.Rngs(0))),
+        "nothing": dict,
+        "more": lambda: leaves(network(0)) | {"blocks/0/mean": np.zeros(3, np.float32)},
+    }[other]()
+    before = leaves(model)
+    with pytest.raises(ValueError, match="the public weights must be this network's"):
+        transfer.begin(model, given)
+    assert all((array == before[name]).all() for name, array in leaves(model).items())
+
+
+def test_last_k_trains_the_last_blocks_and_what_follows():
+    model = network(0, depth=16)  # six blocks
+    whole = leaves(model)
+    transfer.freeze(model, "last-2")
+    trained = set(leaves(model))
+    expected = {n for n in whole if n.startswith(("blocks/4/", "blocks/5/", "norm/", "linear/"))}
+    assert trained == expected and len(trained) < len(whole)
+    images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
+    params, apply = functional(model)
+    other = network(0, depth=16)
+    all_params, whole_apply = functional(other)
+    np.testing.assert_array_equal(apply(params, images), whole_apply(all_params, images))
+    got = jax.grad(lambda p: jnp.square(apply(p, images)).sum())(params)
+    want = flatten(jax.grad(lambda p: jnp.square(whole_apply(p, images)).sum())(all_params))
+    for name, gradient in flatten(got).items():
+        np.testing.assert_allclose(gradient, want[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_more_blocks_than_there_are():
+    with pytest.raises(ValueError, match="has 3 blocks; use last-3"):
+        transfer.freeze(network(0), "last-4")
+
+
+@pytest.mark.parametrize(("trainable", "moved"), [("last-1", ("blocks/2/", "norm/", "linear/")), ("all", "")])
+def test_training_moves_what_is_trained(public, trainable, moved, tmp_path):
+    e = experiment(public, trainable)
+    run = training.train(e, tiny.data(), tmp_path)
+    after, before = flatten(run.params), load_file(public)
+    assert set(after) == {name for name in before if name.startswith(moved)}
+    for name, array in after.items():
+        # A weight's own mean never gets a gradient under standardisation; every leaf as a whole does.
+        assert name.startswith("linear/") or not np.array_equal(array, before[name]), name
+
+
+def test_classifier_only_is_the_last_layer_of_the_same_network(public):
+    """Logits of the linear layer on extracted features are those of the network with that classifier."""
+    e, images = experiment(public, "classifier"), tiny.data(20)
+    prepared = features.prepare(e, images)
+    assert prepared.train.images.shape == (20, 64) and prepared.train.images.dtype == np.float32
+    assert features.fingerprint(e, images) == prepared.fingerprint
+    params, apply = functional(make_model(e, tiny.CLASSES, 0))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), params)
+    whole = make_model(e.replace(trainable="all"), tiny.CLASSES, 0)
+    whole.linear.kernel, whole.linear.bias = nnx.Param(params["kernel"].T), nnx.Param(params["bias"])
+    want = whole(augment.normalise(images.train.images))
+    np.testing.assert_allclose(apply(params, prepared.train.images), want, rtol=1e-4, atol=1e-4)
+
+
+def test_features_of_other_weights_are_other_data(public, tmp_path):
+    """So that neither seed, checkpoint nor record of one serves the other."""
+    other = str(tmp_path / "other.safetensors")
+    save_file(leaves(network(6, 7)), other)
+    images = tiny.data(20)
+    one, two = (features.fingerprint(experiment(p, "classifier"), images) for p in (public, other))
+    assert one != two != images.fingerprint
+
+
+def test_full_batches_of_features_train_with_every_example(public, tmp_path):
+    e = experiment(public, "classifier", expected_batch_size=64, steps=3, physical_batch_size=None)
+    prepared = features.prepare(e, tiny.data())
+    run = training.train(e, prepared, tmp_path)
+    record = results.save(run, prepared, tmp_path)
+    assert record["privacy"]["sampling_probability"] == 1 and record["curve"][-1]["batch_size"] == 64
+    assert 0 < record["privacy"]["epsilon_pld"] <= record["privacy"]["epsilon_rdp"]
+
+
+def test_weights_that_saw_the_private_images_are_refused(tmp_path):
+    """Before anything is spent; whether they are all trained or only read for features."""
+    images = tiny.data()
+    plain = tiny.experiment(**{**SCRATCH, "epsilon": float("inf"), "noise_multiplier": 0.0})
+    run = training.train(plain, images, tmp_path / "public")
+    results.save(run, images, tmp_path / "public")
+    path = str(tmp_path / "public" / "ema.safetensors")
+    with pytest.raises(ValueError, match="must not have seen the private data.*trained on random, as tiny"):
+        training.train(experiment(path), images, tmp_path / "private")
+    with pytest.raises(ValueError, match="must not have seen the private data"):
+        features.prepare(experiment(path, "classifier"), images)
+    assert not (tmp_path / "private" / "ledger.jsonl").exists()
+    training.train(experiment(path, steps=1), tiny.data(seed=1), tmp_path / "others")
+
+
+SCRATCH = dict(network="wrn", depth=10, width=1, steps=1, augmult=0, eval_every=0, physical_batch_size=8)
+
+
+def test_records_say_what_the_run_began_with(public, tmp_path):
+    images, e = tiny.data(), experiment(public, steps=1)
+    record = results.save(training.train(e, images, tmp_path), images, tmp_path)
+    public_ = record["pretrained"]
+    assert public_["weights"] == "public.safetensors" and len(public_["sha256"]) == 64
+    assert public_["sha256"] == pretrained.identity(load_file(public))
+    assert "pre-trained on data that its file does not name" in results.statement(record)
+    assert json.loads((tmp_path / "result.json").read_text())["pretrained"] == public_
+    assert sweep.finished(record_experiment(e, record), images, [record]) == record
+    save_file(leaves(network(6, 7)), public)  # another file under the same name
+    assert sweep.finished(record_experiment(e, record), images, [record]) is None
+
+
+def record_experiment(e, record):
+    return e.replace(epsilon=record["hyper_parameters"]["epsilon"])
+
+
+def test_unknown_weights_spend_nothing(tmp_path):
+    with pytest.raises(KeyError, match="weights are a safetensors file or one of"):
+        training.train(experiment("no-such-weights"), tiny.data(), tmp_path)
+    assert not (tmp_path / "ledger.jsonl").exists()
+
+
+def test_public_sets_of_other_sizes_load(tmp_path):
+    """Any prepared array file, of any number of classes and any image size."""
+    images = np.zeros((3, 8, 8, 3), np.uint8)
+    split = data.Split(images, np.array([0, 1, 199]))
+    data.save(data.Dataset("public", split, split, tuple(map(str, range(200)))), tmp_path / "p.npz")
+    assert len(data.load("tiny_imagenet32", file=tmp_path / "p.npz").classes) == 200
