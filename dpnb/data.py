@@ -20,7 +20,7 @@ import numpy as np
 CIFAR10_CLASSES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
 )  # fmt: skip
-CLASSES = {"cifar10": 10, "cifar100": 100, "digits": 10}
+CLASSES = {"cifar10": 10, "cifar100": 100, "digits": 10, "textures": 192}
 INSTALL = "pip install tensorflow-datasets array-record pillow"
 
 
@@ -113,7 +113,8 @@ def load(name: str, *, data_dir=None, file=None, validation: int = 0, note: str 
     Args:
       name: "cifar10", "cifar100" or any TFDS data set of small images of one size that is prepared
         below `data_dir`, such as "imagenet_resized/32x32" (in TFDS's order), or "digits" (scikit-learn's
-        8x8 digits, upscaled and coloured to 32x32x3: small, no download). With `file`, any name.
+        8x8 digits, upscaled and coloured to 32x32x3: small, no download), or "textures"
+        (`dpnb.textures`, made here in a minute or two). With `file`, any name.
       data_dir: TFDS directory; None for TFDS's own default.
       file: array file written by `save`; needs neither TFDS nor scikit-learn.
       validation: hold out the last so many training images and report on them instead of the
@@ -126,6 +127,10 @@ def load(name: str, *, data_dir=None, file=None, validation: int = 0, note: str 
         data = _load_file(name, pathlib.Path(file).expanduser())
     elif name == "digits":
         data = _load_digits()
+    elif name == "textures":
+        from dpnb import textures
+
+        data = textures.dataset()
     else:
         data = _load_tfds(name, data_dir)
     train, test = data.train, data.test
@@ -304,7 +309,7 @@ def main(arguments=None) -> None:
     parser.add_argument("--note", default="", help="a caveat about the data, kept in the array file")
     args = parser.parse_args(arguments)
     try:
-        if args.name != "digits":
+        if args.name.startswith("cifar"):
             prepare(args.name, args.data_dir)
         data = load(args.name, data_dir=args.data_dir, note=args.note)
         if args.npz:

@@ -2,6 +2,7 @@
 
     python -m dpnb.models.pretrained list
     python -m dpnb.models.pretrained convert wrn-40-4-imagenet32 WRN_40_4_IMAGENET32.dill wrn.safetensors
+    python -m dpnb.models.pretrained pack runs/pretrain/textures/teach-seed0/ema.safetensors OUT.safetensors
 
 What a network saw before private training is public by assumption: an epsilon says nothing about it.
 """
@@ -144,6 +145,12 @@ def used(experiment: Experiment, unseen: str = "") -> dict[str, str] | None:
     return {"weights": pathlib.Path(experiment.pretrained).name, "sha256": content, "saw": seen}
 
 
+def pack(path: str | pathlib.Path) -> bytes:
+    """A safetensors file with the same parameters in float16, half the size, and what they saw."""
+    half = {name: array.astype(np.float16) for name, array in sorted(load(path).items())}
+    return serialised(half, {"saw": saw(path)})
+
+
 def _check(name: str, content: bytes, sha256: str, source) -> None:
     got = hashlib.sha256(content).hexdigest()
     if got != sha256:
@@ -224,6 +231,9 @@ def main(arguments: list[str] | None = None) -> int:
     add.add_argument("name", choices=WEIGHTS)
     add.add_argument("published", type=pathlib.Path)
     add.add_argument("out", type=pathlib.Path)
+    add = commands.add_parser("pack", help="a file of ours in half precision")
+    add.add_argument("published", type=pathlib.Path, help="ema.safetensors of a run")
+    add.add_argument("out", type=pathlib.Path)
     options = parser.parse_args(arguments)
     if options.command == "list":
         for name, w in WEIGHTS.items():
@@ -231,8 +241,11 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"    {w.url} ({w.licence}), SHA-256 of the converted file: {w.sha256 or 'not on record'}")
         return 0
     try:
-        content = serialised(convert(options.published, WEIGHTS[options.name]))
-    except (OSError, ValueError) as error:
+        if options.command == "pack":
+            content = pack(options.published)
+        else:
+            content = serialised(convert(options.published, WEIGHTS[options.name]))
+    except (OSError, KeyError, ValueError) as error:
         print(f"{options.published}: {error}", file=sys.stderr)
         return 2
     write_whole(options.out, content)
