@@ -17,7 +17,9 @@ from dpnb.experiments import Experiment, cifar10, studies
 NOTEBOOKS = pathlib.Path(__file__).parents[1] / "notebooks"
 NOTEBOOK = "cifar10_from_scratch.ipynb"
 FIELDS = [f.name for f in dataclasses.fields(experiments.Experiment)]
-TABLES = {"cifar10": "cifar10/[ws]*/eps*", "digits": "digits/*"}
+NOTEBOOKS_OF = {"pretrain": "pretrain_public.ipynb"}  # by the first part of a name; else NOTEBOOK
+FIGURES = {**studies.STUDIES, "finetune": "cifar_finetune.ipynb"}
+TABLES = {"cifar10": "cifar10/[ws]*/eps*", "finetune": "cifar*/finetune/*", "digits": "digits/*"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -116,6 +118,8 @@ def run_sweep(options) -> int:
         )
     asked = changes(options.set)
     todo = sweep.plan(options.name, options.preset, options.seeds or 1, data_note=options.data_note, **asked)
+    if options.seeds is None:
+        todo = [e.replace(seed=options.seed) for e in todo]
     datasets = {e.dataset for e in todo}
     if len(datasets) > 1:
         raise ValueError(f"a sweep reads one data set, got those of {options.name!r}; narrow the pattern")
@@ -126,18 +130,20 @@ def run_sweep(options) -> int:
     dpnb.use_compilation_cache()
     root = options.out or pathlib.Path("runs")
     made = sweep.run(todo, loaded, root, say=functools.partial(print, flush=True))
-    frame = results.summary([e for e in todo if e.seed == 0], made.records)
+    frame = results.summary([e for e in todo if e.seed == todo[0].seed], made.records)
     print("\n" + frame.drop(columns="first").round(2).to_string(index=False))
     print(f"records: {root}")
-    for study in sorted({e.name.split("/")[1] for e in todo} & set(studies.STUDIES)):
-        print(f"figures: notebooks/{studies.STUDIES[study]} with train = False")
+    for study in sorted({e.name.split("/")[1] for e in todo} & set(FIGURES)):
+        print(f"figures: notebooks/{FIGURES[study]} with train = False")
     return 1 if made.failures else 0
 
 
 def run(options) -> int:
-    if options.seeds or any(c in options.name for c in "*?["):
-        return run_sweep(options)
     from dpnb import sweep
+
+    one = not (options.seeds or any(c in options.name for c in "*?["))
+    if not one or experiments.get(options.name, options.preset).on_features or "/finetune/" in options.name:
+        return run_sweep(options)
 
     seed = None if options.secret_seed else options.seed
     asked = changes(options.set)
@@ -149,7 +155,8 @@ def run(options) -> int:
         data_file=str(options.data_file and pathlib.Path(options.data_file).absolute()),
         data_note=options.data_note, output_dir=str(out.absolute()),
     )  # fmt: skip
-    if not (NOTEBOOKS / NOTEBOOK).exists():
+    notebook = NOTEBOOKS_OF.get(options.name.split("/")[0], NOTEBOOK)
+    if not (NOTEBOOKS / notebook).exists():
         raise FileNotFoundError(
             f"`dpnb run` executes the notebooks of a source checkout, and {NOTEBOOKS} has none; "
             "clone the repository and `pip install -e .` there"
@@ -158,10 +165,10 @@ def run(options) -> int:
     os.environ.setdefault("DPNB_PROGRESS", "plain")
     import papermill
 
-    executed, unfinished = out / NOTEBOOK, out / f"unfinished-{NOTEBOOK}"
+    executed, unfinished = out / notebook, out / f"unfinished-{notebook}"
     try:
         papermill.execute_notebook(
-            NOTEBOOKS / NOTEBOOK, unfinished, parameters, cwd=out, log_output=False, progress_bar=False,
+            NOTEBOOKS / notebook, unfinished, parameters, cwd=out, log_output=False, progress_bar=False,
             stdout_file=sys.stdout, stderr_file=sys.stderr, kernel_name="python3",
         )  # fmt: skip
     except papermill.PapermillExecutionError as error:

@@ -179,6 +179,7 @@ def table(pattern: str, results: list[dict[str, Any]]):
       results: records, as `load` returns them.
     Returns:
       pandas.DataFrame; ours is EMA accuracy in percent, mean +- standard deviation over n seeds.
+      A row that neither the paper nor we have a number for is left out (`dpnb list` has them all).
       A difference is shown at preset "paper" only: other presets are other experiments. Runs whose
       hyper-parameters were changed are experiments without a name, and not in it.
     """
@@ -194,7 +195,7 @@ def table(pattern: str, results: list[dict[str, Any]]):
             runs = cell(name, preset, results)
             if runs:
                 rows.append({**base, **_ours(runs, preset, e)})
-            elif preset == "paper":
+            elif preset == "paper" and e.paper_mean is not None:
                 rows.append({**base, "preset": "paper", "ours": "-", "status": "runnable"})
     columns = [
         "experiment",
@@ -258,7 +259,7 @@ def summary(cells: list[experiments.Experiment], records: list[dict[str, Any]]):
 
         rows.append(
             {
-                "cell": e.name.split("/")[-1],
+                "cell": e.name.split("/", 2)[-1],
                 "epsilon": mean([r["privacy"]["epsilon_pld"] for r in runs]),
                 "noise_multiplier": mean([r["privacy"]["noise_multiplier"] for r in runs]),
                 "ema": mean(ema),

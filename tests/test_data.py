@@ -491,3 +491,58 @@ def test_the_whole_cifar10(cifar10):
     np.testing.assert_allclose(whole.train.images.mean((0, 1, 2)) / 255, augment.MEAN, atol=1e-4)
     np.testing.assert_allclose(whole.train.images.std((0, 1, 2), dtype=float) / 255, augment.STD, atol=5e-4)
     assert seconds < 60
+
+
+def prepare_other(root, name="letters", splits=("train", "validation"), shape=(12, 12, 3)):
+    """A TFDS directory of another set, made by a builder that the reader does not have."""
+    import io
+
+    from PIL import Image
+
+    tfds = pytest.importorskip("tensorflow_datasets")
+    images = np.random.default_rng(0).integers(0, 256, (len(splits), 6, 12, 12, 3), np.uint8)
+
+    class Letters(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = {
+                "image": tfds.features.Image(shape=shape),
+                "label": tfds.features.ClassLabel(names=["a", "b", "c"]),
+            }
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager):
+            return {split: self._generate_examples(i) for i, split in enumerate(splits)}
+
+        def _generate_examples(self, i):
+            for n, pixels in enumerate(images[i]):
+                png = io.BytesIO()
+                Image.fromarray(pixels).save(png, format="PNG")
+                png.seek(0)
+                yield n, {"image": png, "label": n % 3}
+
+    Letters.name, Letters.code_path = name, None
+    Letters(data_dir=root, file_format="array_record").download_and_prepare()
+    return images
+
+
+def test_any_set_that_tfds_finds_below_the_directory(tmp_path):
+    """As public data to pre-train on: read without its builder, reported on its validation split."""
+    images = prepare_other(tmp_path)
+    found = data.load("letters", data_dir=tmp_path)
+    assert found.classes == ("a", "b", "c")
+    for split, made in ((found.train, images[0]), (found.test, images[1])):
+        assert {(i.tobytes(), int(y)) for i, y in zip(split.images, split.labels, strict=True)} == {
+            (i.tobytes(), n % 3) for n, i in enumerate(made)
+        }
+
+
+@pytest.mark.parametrize(
+    ("form", "says"),
+    [(dict(shape=(None, None, 3)), "one size"), (dict(splits=("train",)), "test or validation split")],
+)
+def test_sets_of_another_form_are_refused(tmp_path, form, says):
+    prepare_other(tmp_path, **form)
+    with pytest.raises(DataError, match=f"letters .*{says}"):
+        data.load("letters", data_dir=tmp_path)

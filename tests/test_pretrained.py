@@ -200,3 +200,34 @@ def test_command_line(named, capsys, monkeypatch):
     assert pretrained.main([*arguments[:3], str(folder / "other.safetensors")]) == 2
     assert not (folder / "other.safetensors").exists() and "pickle" in capsys.readouterr().err
     assert pretrained.main(["list"]) == 0 and "CC BY 4.0" in capsys.readouterr().out
+
+
+def test_ours_come_with_the_checkout_and_with_their_hash(tmp_path, monkeypatch):
+    ours_ = {name: weights for name, weights in pretrained.WEIGHTS.items() if not weights.url}
+    assert {"wrn-10-2-tiny-imagenet32", "wrn-10-2-textures"} <= set(ours_)
+    for name, weights in ours_.items():
+        params, _ = functional(
+            WideResNet(weights.depth, weights.width, weights.num_classes, rngs=nnx.Rngs(0))
+        )
+        made = pretrained.load(name)
+        assert {k: v.shape for k, v in made.items()} == {k: v.shape for k, v in flatten(params).items()}
+        assert len(pretrained.identity(made)) == 64
+    monkeypatch.setattr(pretrained, "OURS", tmp_path)
+    with pytest.raises(FileNotFoundError):
+        pretrained.load(name)
+    (tmp_path / f"{name}.safetensors").write_bytes(save({"x": np.zeros(3)}))
+    with pytest.raises(ValueError, match="SHA-256 must be"):
+        pretrained.load(name)
+
+
+def test_half_precision_keeps_what_the_weights_saw(tmp_path):
+    arrays = {"a": np.linspace(-3, 3, 7, dtype=np.float32)}
+    (tmp_path / "full.safetensors").write_bytes(save(arrays, {"saw": "a public set"}))
+    assert (
+        pretrained.main(["pack", str(tmp_path / "full.safetensors"), str(tmp_path / "half.safetensors")]) == 0
+    )
+    half = pretrained.load(tmp_path / "half.safetensors")
+    assert half["a"].dtype == np.float16 and pretrained.saw(tmp_path / "half.safetensors") == "a public set"
+    np.testing.assert_allclose(half["a"], arrays["a"], rtol=1e-3)
+    assert pretrained.identity(half) != pretrained.identity(arrays)
+    assert pretrained.identity(half) == pretrained.identity({"a": half["a"].astype("f4")})

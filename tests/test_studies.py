@@ -33,6 +33,7 @@ def execute(name, folder, **given):
     """The executed notebook's outputs and all the text in them."""
     import yaml
 
+    folder.mkdir(exist_ok=True)
     (folder / "parameters.yaml").write_text(
         yaml.safe_dump({"preset": "smoke", "output_dir": str(folder), **given})
     )

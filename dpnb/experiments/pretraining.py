@@ -42,7 +42,7 @@ def at(experiment: Experiment, preset: str) -> dict:
     cpu = dict(depth=10, width=2, expected_batch_size=256, learning_rate=0.1, physical_batch_size=32)
     steps = 1000 if experiment.dataset == "textures" else 2000  # about an hour on two cores
     return {
-        "smoke": dict(cpu, width=1, steps=20, eval_every=0),
+        "smoke": dict(cpu, width=1, steps=12, expected_batch_size=128, eval_every=4, eval_examples=500),
         "teach": dict(cpu, steps=steps, ema_decay=0.99, eval_every=250, eval_examples=2000),
         "colab": dict(depth=16, width=4, steps=min(experiment.steps, 10_000), compute_dtype="bfloat16"),
         "paper": {},
