@@ -213,7 +213,7 @@ def test_ours_come_with_the_checkout_and_with_their_hash(tmp_path, monkeypatch):
         assert {k: v.shape for k, v in made.items()} == {k: v.shape for k, v in flatten(params).items()}
         assert len(pretrained.identity(made)) == 64
     monkeypatch.setattr(pretrained, "OURS", tmp_path)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="comes with a source checkout"):
         pretrained.load(name)
     (tmp_path / f"{name}.safetensors").write_bytes(save({"x": np.zeros(3)}))
     with pytest.raises(ValueError, match="SHA-256 must be"):

@@ -52,6 +52,8 @@ _standardise.defvjp(lambda epsilon, *args: (_formula(epsilon, *args), args), _ba
 class Conv(nnx.Module):
     """A 2-d convolution with 'SAME' padding, bias, and (by default) weight standardisation.
 
+    With `groups`, channels are convolved group by group; both numbers of features must divide into them.
+
     Kernel ~ Normal(0, 1 / fan_in), untruncated; gain 1, bias 0 (the authors' released code).
     Per-example weight gradients are fast, see `dpnb.convolution`.
     """
@@ -63,16 +65,17 @@ class Conv(nnx.Module):
         kernel_size: int,
         *,
         stride: int = 1,
+        groups: int = 1,
         standardised: bool = True,
         dtype: Dtype | None = None,
         rngs: nnx.Rngs,
     ):
-        shape = (kernel_size, kernel_size, in_features, out_features)
+        shape = (kernel_size, kernel_size, in_features // groups, out_features)
         init = nnx.initializers.variance_scaling(1.0, "fan_in", "normal")
         self.kernel = nnx.Param(init(rngs.params(), shape, jnp.float32))
         self.gain = nnx.Param(jnp.ones(out_features)) if standardised else None
         self.bias = nnx.Param(jnp.zeros(out_features))
-        self.stride, self.dtype = stride, dtype
+        self.stride, self.groups, self.dtype = stride, groups, dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[batch, height, width, in_features] -> [batch, height', width', out_features]."""
@@ -82,6 +85,6 @@ class Conv(nnx.Module):
         dtype = self.dtype or jnp.result_type(x, kernel)
         y = conv_general_dilated(
             x.astype(dtype), kernel.astype(dtype), (self.stride, self.stride), "SAME",
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=self.groups,
         )  # fmt: skip
         return y + jnp.expand_dims(self.bias[...].astype(dtype), (0, 1, 2))

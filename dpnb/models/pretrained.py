@@ -83,7 +83,12 @@ def load(name_or_path: str | pathlib.Path, cache: str | pathlib.Path = CACHE) ->
         )
     name, weights = str(name_or_path), WEIGHTS[str(name_or_path)]
     if not weights.url:
-        content = (OURS / f"{name}.safetensors").read_bytes()
+        file = OURS / f"{name}.safetensors"
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{name} comes with a source checkout, and there is no {file}; clone dpnb"
+            )
+        content = file.read_bytes()
         _check(name, content, weights.sha256, OURS)
         return parse(content)
     if weights.sha256 is None:

@@ -1,0 +1,158 @@
+"""Normaliser-free ResNets (Brock et al. 2021): no norm of activations at all, so nothing mixes examples
+or views, and their variance is kept in hand by scaled activations and weights (paper, ImageNet)."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dpnb.models.layers import Conv, Dtype
+
+DEPTHS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3), 200: (3, 24, 36, 3)}
+WIDTHS = (256, 512, 1024, 2048)
+RELU_GAIN = 1.7139588594436646  # sqrt(2 / (1 - 1 / pi)): unit variance after ReLU of a unit Gaussian
+
+
+def scaled_relu(x: jax.Array) -> jax.Array:
+    """ReLU that keeps the variance of a unit Gaussian at one."""
+    return nnx.relu(x) * RELU_GAIN
+
+
+def expected_stds(depths: Sequence[int], alpha: float = 0.2) -> list[float]:
+    """The standard deviation of each block's input by theory, all blocks in a row.
+
+    A residual branch adds variance alpha^2; the first block of a stage divides what came in by its
+    standard deviation also on the skip path, so that after it the variance is 1 + alpha^2.
+    """
+    made, std = [], 1.0
+    for depth in depths:
+        for block in range(depth):
+            made.append(std)
+            std = ((1.0 if block == 0 else std) ** 2 + alpha**2) ** 0.5
+    return made
+
+
+class Bottleneck(nnx.Module):
+    """x -> shortcut + alpha * skip_gain * (1x1 -> 3x3 -> 1x1)(beta * act(x)), a scaled ReLU before each.
+
+    The shortcut is x itself, or a 1x1 convolution of beta * act(x) where shapes change.
+    """
+
+    def __init__(
+        self, cin: int, cout: int, stride: int, beta: float, alpha: float, skip_gain: float, *, conv
+    ):
+        middle = cout // 4
+        self.conv0, self.conv1 = conv(cin, middle, 1), conv(middle, middle, 3, stride=stride)
+        self.conv2 = conv(middle, cout, 1)
+        self.shortcut = conv(cin, cout, 1, stride=stride) if stride > 1 or cin != cout else None
+        self.skip_gain = nnx.Param(jnp.asarray(skip_gain, jnp.float32))
+        self.beta, self.alpha = beta, alpha
+
+    def __call__(self, x: jax.Array, keep: jax.Array | None = None) -> jax.Array:
+        """`keep` [batch] is 0 for examples whose residual branch is dropped (stochastic depth), else 1."""
+        y = scaled_relu(x) * self.beta
+        skip = x if self.shortcut is None else self.shortcut(y)
+        y = self.conv2(scaled_relu(self.conv1(scaled_relu(self.conv0(y)))))
+        return skip + branch(y, self.skip_gain[...] * self.alpha, keep)
+
+
+def branch(y: jax.Array, scale: jax.Array, keep: jax.Array | None) -> jax.Array:
+    """y * scale, in the dtype of y, nothing for the examples that are not kept."""
+    if keep is not None:
+        y = y * jnp.expand_dims(keep.astype(y.dtype), (1, 2, 3))
+    return y * scale.astype(y.dtype)
+
+
+class StochasticDepth(nnx.Module):
+    """Which residual branches of which examples are dropped: block i of n with probability rate * i / n.
+
+    In training mode only (`model.train()`), without rescaling, as in the paper's code. Random per
+    example, from the module's own stream; networks for private training have rate 0.
+    """
+
+    def __init__(self, rate: float, blocks: int, rngs: nnx.Rngs | None):
+        self.rates = tuple(rate * i / blocks for i in range(blocks))
+        self.rngs = rngs if rate else None
+        self.deterministic = False
+
+    def __call__(self, index: int, batch: int) -> jax.Array | None:
+        """Float32 [batch] of zeros and ones for block `index`, None where nothing is dropped."""
+        if self.rngs is None or self.deterministic or not self.rates[index]:
+            return None
+        return jax.random.bernoulli(self.rngs.dropout(), 1 - self.rates[index], (batch,)).astype(jnp.float32)
+
+
+class NFResNet(nnx.Module):
+    """NF-ResNet-50, -101, -152 or -200 (paper, section on ImageNet; pre-activation, bottleneck 1/4).
+
+    Stem 7x7 at stride 2 to 64 channels, 3x3 max-pool at stride 2; four stages of 256, 512, 1,024 and
+    2,048 channels at strides 1, 2, 2, 2; head: scaled ReLU -> mean over positions -> linear.
+    NF-ResNet-50 with 1,000 classes has 25,557,048 parameters.
+
+    Args:
+      depth: 50, 101, 152 or 200, or the number of blocks in each stage.
+      num_classes: size of the output.
+      width: multiplies all channels; 0.25 is a narrow network for small machines.
+      alpha: weight of the residual branches.
+      skip_gain: learnt gain of each branch at the start: 1 as in the paper's private runs, or 0, with
+        which every block begins as its shortcut.
+      stochastic_depth: rate for the last block (0: none).
+      remat: recompute each block in the backward pass: less memory, about a third more compute.
+      dtype: of the computation (None: that of the inputs); parameters stay float32.
+      rngs: for the initial parameters, and `dropout` for stochastic depth.
+    Raises:
+      ValueError: a depth that is not one of them.
+    """
+
+    def __init__(
+        self,
+        depth: int | Sequence[int],
+        num_classes: int = 1000,
+        *,
+        width: float = 1.0,
+        alpha: float = 0.2,
+        skip_gain: float = 1.0,
+        stochastic_depth: float = 0.0,
+        remat: bool = False,
+        dtype: Dtype | None = None,
+        rngs: nnx.Rngs,
+    ):
+        if isinstance(depth, int) and depth not in DEPTHS:
+            raise ValueError(
+                f"depth must be one of {', '.join(map(str, DEPTHS))}, or blocks a stage, got {depth}"
+            )
+        depths = DEPTHS[depth] if isinstance(depth, int) else tuple(depth)
+        conv = functools.partial(Conv, dtype=dtype, rngs=rngs)
+        cin = int(64 * width)
+        self.stem = conv(3, cin, 7, stride=2)
+        betas, blocks = [1 / std for std in expected_stds(depths, alpha)], []
+        for stage, (channels, n) in enumerate(zip(WIDTHS, depths, strict=True)):
+            channels = int(channels * width)
+            for i in range(n):
+                stride = 2 if stage and i == 0 else 1
+                blocks.append(
+                    Bottleneck(cin, channels, stride, betas[len(blocks)], alpha, skip_gain, conv=conv)
+                )
+                cin = channels
+        self.blocks = nnx.List(blocks)
+        self.drop = StochasticDepth(stochastic_depth, len(blocks), rngs)
+        self.linear = nnx.Linear(cin, num_classes, kernel_init=nnx.initializers.normal(0.01), rngs=rngs)
+        self.remat = remat
+
+    def features(self, images: jax.Array) -> jax.Array:
+        """Images float [batch, height, width, 3] -> what the classifier reads, [batch, 2048 width]."""
+        x = nnx.max_pool(self.stem(images), (3, 3), (2, 2), "SAME")
+        call = nnx.remat(_call) if self.remat else _call
+        for i, block in enumerate(self.blocks):
+            x = call(block, x, self.drop(i, len(x)))
+        return scaled_relu(x).mean((1, 2))
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Images float [batch, height, width, 3] -> logits float32 [batch, num_classes]."""
+        return self.linear(self.features(images).astype(self.linear.kernel[...].dtype))
+
+
+def _call(block, x, keep):
+    return block(x, keep)
