@@ -169,16 +169,15 @@ def lines(
     axis.set(xlabel=xlabel, ylabel="test accuracy, averaged parameters (%)", title=title)
     axis.set_ylim(low - wider, high + wider)
     axis.grid(alpha=0.3)
-    figure.legend(fontsize=7.5, loc="outside lower center")
-    _caption(figure, axis, "bars: standard deviation over n runs")
+    note = _small_print(axis, "bars: standard deviation over n runs")
+    figure.legend(fontsize=8, loc="outside lower center", title=note, title_fontsize=7.5)
     return figure
 
 
-def _caption(figure: Figure, axis, *said: str):
-    """Small print below the figure; it says so where the vertical axis does not start at 0."""
+def _small_print(axis, said: str) -> str:
+    """What is said, and, where it does not start at 0, where the vertical axis (%) starts."""
     low = axis.get_ylim()[0]
-    cut = [f"the vertical axis starts at {low:.0f} %, not at 0"] if low > 0 else []
-    figure.supxlabel("; ".join([*said, *cut]), fontsize=7.5)
+    return said + (f"; the vertical axis starts at {low:.0f} %, not at 0" if low > 0 else "")
 
 
 def grid(frame, rows: str, columns: str, title: str) -> Figure:
@@ -217,7 +216,7 @@ def accuracy_epsilon(series: dict[str, list[tuple[float, float, float | None]]],
     Args:
       series: {label: [(epsilon, accuracy in percent, standard deviation or None), ...]}, as
         `dpnb.results.series` makes it. Labels that begin with "ours" are drawn black, filled and thick,
-        the others thin and hollow; no two series share colour, line and marker.
+        the others thin and hollow on top of them; no two series share colour, line and marker.
     """
     figure, axis = plt.subplots(figsize=(11, 6), layout="constrained")
     others = 0
@@ -227,7 +226,7 @@ def accuracy_epsilon(series: dict[str, list[tuple[float, float, float | None]]],
         colour, line = ("black", "-") if ours else (f"C{others % 10}", ("--", ":", "-.")[others // 10 % 3])
         axis.errorbar(
             epsilons, accuracies, yerr=[s or 0 for s in spreads], label=label, capsize=2,
-            color=colour, linestyle=line, marker=MARKERS[i % len(MARKERS)], zorder=3 if ours else 2,
+            color=colour, linestyle=line, marker=MARKERS[i % len(MARKERS)], zorder=2 if ours else 3,
             linewidth=2.5 if ours else 1, markersize=9 if ours else 6,
             markerfacecolor=colour if ours else "white",
         )  # fmt: skip
@@ -239,6 +238,6 @@ def accuracy_epsilon(series: dict[str, list[tuple[float, float, float | None]]],
     axis.minorticks_off()
     axis.set(xlabel="epsilon (at delta = 1e-5)", ylabel="CIFAR-10 test accuracy (%)", title=title)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    _caption(figure, axis, "bars: standard deviation over runs, where it is known")
+    note = _small_print(axis, "bars: standard deviation over runs, where known")
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), title=note, title_fontsize=7.5)
     return figure

@@ -379,7 +379,8 @@ def series(records: list[dict[str, Any]]) -> dict[str, list[tuple[float, float, 
             if ran:
                 frame = summary([e for e, _ in ran], [r for _, runs in ran for r in runs])
                 small = "" if preset == "paper" else f" at preset {preset}"
-                label = f"ours: {name}{small} ({scale(frame)}), {counts(frame)}"
+                where = scale(frame).removeprefix(f"{network(cells[0])}, ")
+                label = f"ours: {network(cells[0])}{small} ({where}), {counts(frame)}"
                 made[label] = [
                     (e.epsilon, row["ema"], None if row["n"] == 1 else row["ema_std"])
                     for (e, _), (_, row) in zip(ran, frame.iterrows(), strict=True)
