@@ -127,7 +127,7 @@ def run_sweep(options) -> int:
     root = options.out or pathlib.Path("runs")
     made = sweep.run(todo, loaded, root, say=functools.partial(print, flush=True))
     frame = results.summary([e for e in todo if e.seed == 0], made.records)
-    print("\n" + frame.drop(columns=["first", "note"]).round(2).to_string(index=False))
+    print("\n" + results.tidy(frame.drop(columns=["first", "note"])).to_string(index=False))
     print(f"records: {root}")
     for study in sorted({e.name.split("/")[1] for e in todo} & set(studies.STUDIES)):
         print(f"figures: notebooks/{studies.STUDIES[study]} with train = False")

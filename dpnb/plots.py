@@ -126,7 +126,7 @@ def bars(
     axis.invert_yaxis()
     right = np.nanmax([0, *(frame["ema"] + frame["ema_std"].fillna(0)), *(reference or {}).values()])
     axis.set(xlabel="test accuracy (%)", xlim=(0, 1.2 * right or 1))
-    axis.set_title(f"{title}\n{results.scale(frame)}", fontsize=10)
+    axis.set_title(f"{title}\n{results.scale(frame[frame['n'] > 0])}", fontsize=10)
     axis.grid(alpha=0.3, axis="x")
     figure.legend(fontsize=8, loc="outside lower center", ncols=2)
     return figure
@@ -184,9 +184,11 @@ def grid(frame, rows: str, columns: str, title: str) -> Figure:
     """Accuracy over two quantities, as a coloured table with the number of runs.
 
     Args:
-      frame: from `dpnb.results.summary`, with two further columns `rows` and `columns`.
+      frame: from `dpnb.results.summary`, with two further columns `rows` and `columns`; cells that agree
+        in both are one experiment at that scale.
       title: above the figure, over a line that says the scale.
     """
+    frame = frame.drop_duplicates([rows, columns])
     table = frame.pivot(index=rows, columns=columns, values="ema")
     runs = frame.pivot(index=rows, columns=columns, values="n").to_numpy()
     figure, axis = plt.subplots(

@@ -106,6 +106,9 @@ def test_bars_and_grid_say_scale_and_runs():
     assert axis.get_title() == "Views\nWRN-10-1, B 512, T 77, K 0 to 2" and axis.get_xlim()[0] == 0
     assert "others: WRN-16-4" in said(figure) and "37.0 (n = 3)" in [t.get_text() for t in axis.texts]
     assert plots.bars(summary(n=0), "Views") is None
+    some = plots.bars(summary(n=[0, 3, 0, 0]), "Views").axes[0]
+    assert some.get_title().endswith("K 1")  # the scale of what ran
+    assert [t.get_text() for t in some.texts].count("not run at this scale") == 3
     cells = summary(learning_rate=[1.0, 1.0, 2.0, 2.0], clip_norm=[0.1, 1.0, 0.1, 1.0])
     axis = plots.grid(cells, "learning_rate", "clip_norm", "Both").axes[0]
     assert [t.get_text() for t in axis.texts][:2] == ["37.0\nn = 3", "36.0\nn = 3"]
