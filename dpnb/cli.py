@@ -131,7 +131,7 @@ def run_sweep(options) -> int:
     root = options.out or pathlib.Path("runs")
     made = sweep.run(todo, loaded, root, say=functools.partial(print, flush=True))
     frame = results.summary([e for e in todo if e.seed == todo[0].seed], made.records)
-    print("\n" + frame.drop(columns="first").round(2).to_string(index=False))
+    print("\n" + results.tidy(frame.drop(columns=["first", "note"])).to_string(index=False))
     print(f"records: {root}")
     for study in sorted({e.name.split("/")[1] for e in todo} & set(FIGURES)):
         print(f"figures: notebooks/{FIGURES[study]} with train = False")

@@ -6,6 +6,8 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+from dpnb import results
+
 
 def curve(result: dict[str, Any]) -> Figure:
     """Test accuracy and training loss over updates.
@@ -95,15 +97,22 @@ def confusion(labels: np.ndarray, predictions: np.ndarray, classes: tuple[str, .
     return figure
 
 
-def bars(frame, title: str, reference: dict[str, float] | None = None) -> Figure:
+def bars(
+    frame, title: str, reference: dict[str, float] | None = None, whose: str = "others, full scale"
+) -> Figure | None:
     """One bar per cell of a study, with its standard deviation where there are several runs.
 
     Args:
       frame: from `dpnb.results.summary`; cells without runs are named, without a bar.
-      title: above the figure.
+      title: above the figure, over a line that says the scale.
       reference: values of others to mark, {cell: accuracy in percent}.
+      whose: what those are.
+    Returns:
+      None where no cell has runs.
     """
-    figure, axis = plt.subplots(figsize=(8, 0.5 * len(frame) + 1.6), layout="constrained")
+    if not frame["n"].sum():
+        return None
+    figure, axis = plt.subplots(figsize=(8, 0.5 * len(frame) + 1.9), layout="constrained")
     places = np.arange(len(frame))
     axis.barh(places, frame["ema"], xerr=frame["ema_std"], color="C0", alpha=0.8, label="ours (mean, std)")
     for place, (_, row) in zip(places, frame.iterrows(), strict=True):
@@ -112,56 +121,76 @@ def bars(frame, title: str, reference: dict[str, float] | None = None) -> Figure
         axis.text(end + 1, place, text, va="center", fontsize=8)
     if reference:
         known = [(p, reference[c]) for p, c in zip(places, frame["cell"], strict=True) if c in reference]
-        axis.plot([v for _, v in known], [p for p, _ in known], "kD", label="others, full scale")
+        axis.plot([v for _, v in known], [p for p, _ in known], "kD", label=whose)
     axis.set_yticks(places, frame["cell"])
     axis.invert_yaxis()
     right = np.nanmax([0, *(frame["ema"] + frame["ema_std"].fillna(0)), *(reference or {}).values()])
-    axis.set(xlabel="test accuracy (%)", title=title, xlim=(0, 1.2 * right or 1))
+    axis.set(xlabel="test accuracy (%)", xlim=(0, 1.2 * right or 1))
+    axis.set_title(f"{title}\n{results.scale(frame[frame['n'] > 0])}", fontsize=10)
     axis.grid(alpha=0.3, axis="x")
-    axis.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=2)
     return figure
 
 
 def lines(
-    groups: dict[str, Any], x: str, xlabel: str, title: str, log: bool = True, ticks: bool = True
-) -> Figure:
-    """Accuracy against one quantity, one line per group.
+    groups: dict[str, Any], x: str, xlabel: str, title: str, spacing: str = "log", ticks: bool = True
+) -> Figure | None:
+    """Accuracy against one quantity, one line per group; the legend says its scale and runs.
 
     Args:
-      groups: {label: frame of `dpnb.results.summary` with a further column `x`}.
+      groups: {label: frame of `dpnb.results.summary` with a column `x`}. Cells of a group with the same
+        x are one experiment at that scale, and drawn once.
       x: that column.
-      log: logarithmic in x, base 2.
-      ticks: one at every point, where x is logarithmic.
+      spacing: of the horizontal axis: "log" (base 2), "linear", or "equal": one step from value to value.
+      ticks: one at every value; False leaves them to matplotlib ("log" and "linear").
+    Returns:
+      None where no group has runs.
     """
-    figure, axis = plt.subplots(figsize=(6.5, 4), layout="constrained")
-    for label, frame in groups.items():
-        shown = frame[frame["n"] > 0]
+    shown = {label: frame[frame["n"] > 0].drop_duplicates(x) for label, frame in groups.items()}
+    shown = {label: frame for label, frame in shown.items() if len(frame)}
+    if not shown:
+        return None
+    values = sorted({v for frame in shown.values() for v in frame[x]})
+    places = {v: i if spacing == "equal" else v for i, v in enumerate(values)}
+    figure, axis = plt.subplots(figsize=(6.5, 4.4), layout="constrained")
+    for label, frame in shown.items():
         axis.errorbar(
-            shown[x], shown["ema"], yerr=shown["ema_std"].fillna(0), fmt="o-", capsize=3, label=label
-        )
-    if log:
+            frame[x].map(places), frame["ema"], yerr=frame["ema_std"].fillna(0), fmt="o-", capsize=3,
+            label=f"{label}: {results.scale(frame)}; {results.counts(frame)}",
+        )  # fmt: skip
+    if spacing == "log":
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:g}")
-    if log and ticks:
-        ticks = sorted({v for frame in groups.values() for v in frame[x]})
-        axis.set_xticks(ticks, [f"{v:g}" for v in ticks])
+    if ticks or spacing == "equal":
+        axis.set_xticks([places[v] for v in values], [f"{v:g}" for v in values])
         axis.minorticks_off()
     low, high = axis.get_ylim()
     wider = max(0.0, 10 - (high - low)) / 2  # points: less would make a mountain of noise
     axis.set(xlabel=xlabel, ylabel="test accuracy, averaged parameters (%)", title=title)
     axis.set_ylim(low - wider, high + wider)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    note = _small_print(axis, "bars: standard deviation over n runs")
+    figure.legend(fontsize=8, loc="outside lower center", title=note, title_fontsize=7.5)
     return figure
 
 
+def _small_print(axis, said: str) -> str:
+    """What is said, and, where it does not start at 0, where the vertical axis (%) starts."""
+    low = axis.get_ylim()[0]
+    return said + (f"; the vertical axis starts at {low:.0f} %, not at 0" if low > 0 else "")
+
+
 def grid(frame, rows: str, columns: str, title: str) -> Figure:
-    """Accuracy over two quantities, as a coloured table.
+    """Accuracy over two quantities, as a coloured table with the number of runs.
 
     Args:
-      frame: from `dpnb.results.summary`, with two further columns `rows` and `columns`.
+      frame: from `dpnb.results.summary`, with two further columns `rows` and `columns`; cells that agree
+        in both are one experiment at that scale.
+      title: above the figure, over a line that says the scale.
     """
+    frame = frame.drop_duplicates([rows, columns])
     table = frame.pivot(index=rows, columns=columns, values="ema")
+    runs = frame.pivot(index=rows, columns=columns, values="n").to_numpy()
     figure, axis = plt.subplots(
         figsize=(1.3 * len(table.columns) + 2.5, 0.7 * len(table) + 1.6), layout="constrained"
     )
@@ -170,36 +199,47 @@ def grid(frame, rows: str, columns: str, title: str) -> Figure:
     middle = np.nanmean(table.to_numpy()) if np.isfinite(table.to_numpy()).any() else 0
     for i, values in enumerate(table.to_numpy()):
         for j, value in enumerate(values):
-            text = f"{value:.1f}" if np.isfinite(value) else "-"
-            axis.text(j, i, text, ha="center", va="center", color="black" if value > middle else "white")
+            text = f"{value:.1f}\nn = {runs[i, j]}" if np.isfinite(value) else "-"
+            colour = "black" if value > middle else "white"
+            axis.text(j, i, text, ha="center", va="center", color=colour, fontsize=9)
     axis.set_xticks(range(len(table.columns)), [f"{v:g}" for v in table.columns])
     axis.set_yticks(range(len(table)), [f"{v:g}" for v in table.index])
-    axis.set(xlabel=columns.replace("_", " "), ylabel=rows.replace("_", " "), title=title)
+    axis.set(xlabel=columns.replace("_", " "), ylabel=rows.replace("_", " "))
+    axis.set_title(f"{title}\n{results.scale(frame)}", fontsize=10)
     return figure
+
+
+MARKERS = "osv^D<>Pp*hX8d"
 
 
 def accuracy_epsilon(series: dict[str, list[tuple[float, float, float | None]]], title: str) -> Figure:
     """Test accuracy against epsilon.
 
     Args:
-      series: {label: [(epsilon, accuracy in percent, standard deviation or None), ...]}; labels that
-        begin with "ours" are drawn filled and thick, the others thin.
+      series: {label: [(epsilon, accuracy in percent, standard deviation or None), ...]}, as
+        `dpnb.results.series` makes it. Labels that begin with "ours" are drawn black, filled and thick,
+        the others thin and hollow on top of them; no two series share colour, line and marker.
     """
-    figure, axis = plt.subplots(figsize=(9, 6), layout="constrained")
-    markers = "osv^D<>Pp*hXd"
+    figure, axis = plt.subplots(figsize=(11, 6), layout="constrained")
+    others = 0
     for i, (label, points) in enumerate(series.items()):
-        points = sorted(points)
-        epsilons, accuracies = [p[0] for p in points], [p[1] for p in points]
+        epsilons, accuracies, spreads = zip(*sorted(points, key=lambda p: p[0]), strict=True)
         ours = label.startswith("ours")
+        colour, line = ("black", "-") if ours else (f"C{others % 10}", ("--", ":", "-.")[others // 10 % 3])
         axis.errorbar(
-            epsilons, accuracies, yerr=[p[2] or 0 for p in points], marker=markers[i % len(markers)],
-            linewidth=2 if ours else 1, linestyle="-" if ours else "--", markersize=8 if ours else 5,
-            markerfacecolor=None if ours else "white", label=label,
+            epsilons, accuracies, yerr=[s or 0 for s in spreads], label=label, capsize=2,
+            color=colour, linestyle=line, marker=MARKERS[i % len(MARKERS)], zorder=2 if ours else 3,
+            linewidth=2.5 if ours else 1, markersize=9 if ours else 6,
+            markerfacecolor=colour if ours else "white",
         )  # fmt: skip
+        others += not ours
+    most = max((p[0] for points in series.values() for p in points), default=8)
+    ticks = [1, 2, 3, 4, 6, 8, *([10] if most >= 10 else [])]
     axis.set_xscale("log", base=2)
-    axis.set_xticks([1, 2, 3, 4, 6, 8], ["1", "2", "3", "4", "6", "8"])
+    axis.set_xticks(ticks, map(str, ticks))
     axis.minorticks_off()
     axis.set(xlabel="epsilon (at delta = 1e-5)", ylabel="CIFAR-10 test accuracy (%)", title=title)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    note = _small_print(axis, "bars: standard deviation over runs, where known")
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), title=note, title_fontsize=7.5)
     return figure

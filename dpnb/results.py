@@ -9,13 +9,14 @@ import os
 import pathlib
 import platform
 import subprocess
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors.numpy import save as serialised
 
 from dpnb import experiments, ledger, privacy
 from dpnb.data import Dataset
+from dpnb.experiments import literature
 from dpnb.files import write_whole
 from dpnb.models import pretrained
 from dpnb.training import Run
@@ -234,17 +235,19 @@ def spread(mean: float | None, std: float | None) -> str:
     return "-" if mean is None else f"{mean}" if std is None else f"{mean} +- {std}"
 
 
-def summary(cells: list[experiments.Experiment], records: list[dict[str, Any]]):
+def summary(cells: list[experiments.Experiment], records: list[dict[str, Any]], fields=()):
     """Mean, standard deviation and number of runs of each cell of a study, one run per seed.
 
     Args:
       cells: at one preset, seed of no matter; each takes the records that `of` finds for it.
       records: as `load` returns them.
+      fields: further fields of the experiments to have as columns, e.g. ("learning_rate",).
     Returns:
-      pandas.DataFrame, one row per cell, in that order: cell, epsilon (PLD; what the runs spent),
-      noise_multiplier, ema and raw accuracy in percent, ema_std (NaN for one run), n, minutes,
-      `scale` (the network and batch in words) and `first`: False for a cell that is the same
-      experiment at this scale as one above it. Cells without records have n = 0.
+      pandas.DataFrame, one row per cell, in that order: cell, network, B (expected batch size, images),
+      T (updates), K (views per image), `fields`, epsilon (see `spent`), noise_multiplier, ema and raw
+      accuracy in percent, ema_std (NaN for one run), n, minutes, `first` (False for a cell that is the
+      same experiment at this scale as one above it) and `note` (what the records say of their images).
+      Cells without records have n = 0.
     """
     import pandas
 
@@ -254,25 +257,38 @@ def summary(cells: list[experiments.Experiment], records: list[dict[str, Any]]):
         ema = [r["accuracy"]["ema"] for r in runs]
 
         def mean(values):
-            values = [math.nan if v is None else v for v in values]
             return float(np.mean(values)) if values else math.nan
 
         rows.append(
             {
                 "cell": e.name.split("/", 2)[-1],
-                "epsilon": mean([r["privacy"]["epsilon_pld"] for r in runs]),
+                "network": network(e),
+                "B": e.expected_batch_size,
+                "T": e.steps,
+                "K": e.augmult,
+                **{name: getattr(e, name) for name in fields},
+                "epsilon": mean([spent(r) for r in runs]),
                 "noise_multiplier": mean([r["privacy"]["noise_multiplier"] for r in runs]),
                 "ema": mean(ema),
                 "ema_std": float(np.std(ema, ddof=1)) if len(ema) > 1 else math.nan,
                 "raw": mean([r["accuracy"]["raw"] for r in runs]),
                 "n": len(runs),
                 "minutes": mean([r["seconds"] / 60 for r in runs]),
-                "scale": f"{network(e)}, B {e.expected_batch_size}, {e.steps} updates, K {e.augmult}",
                 "first": e.fingerprint() not in seen,
+                "note": "; ".join(sorted({r["data"]["note"] for r in runs} - {""})),
             }
         )
         seen.add(e.fingerprint())
     return pandas.DataFrame(rows)
+
+
+def spent(result: dict[str, Any]) -> float:
+    """Epsilon (PLD) of a record: infinity for a run that is not private, NaN where nobody computed it."""
+    p = result["privacy"]
+    if p["epsilon_pld"] is not None:
+        return p["epsilon_pld"]
+    mechanism = privacy.Mechanism(p["noise_multiplier"], p["sampling_probability"], p["sampler"])
+    return math.nan if mechanism.private else math.inf
 
 
 def network(e: experiments.Experiment) -> str:
@@ -280,25 +296,117 @@ def network(e: experiments.Experiment) -> str:
     return f"WRN-{e.depth}-{e.width}" if e.network == "wrn" else e.network
 
 
-def study(frame) -> str:
-    """A `summary` as a Markdown table under a line that says its scale, each different run once."""
-    shown = frame[frame["first"]].drop(columns=["scale", "first"]).round(2).astype(object).fillna("-")
-    return f"{frame['scale'].iloc[-1]} (last row)\n\n{markdown(shown)}"
+def scale(frame) -> str:
+    """What the cells of a `summary` run at: "WRN-10-1, B 128 to 512, T 77, K 0 to 2".
 
-
-def paired(
-    a: experiments.Experiment, b: experiments.Experiment, records: list[dict[str, Any]], which: str = "ema"
-) -> tuple[float, float, int]:
-    """Accuracy of `a` minus that of `b` over the seeds that both have: mean, standard deviation, n.
-
-    Runs of two experiments are independent also at one seed: two releases must not share noise.
-    The standard deviation is NaN for fewer than two seeds, the mean for none.
+    B: images per update; T: updates; K: views per image.
     """
-    by_seed = [{r["seed"]: r["accuracy"][which] for r in of(e, records)} for e in (a, b)]
-    differences = [by_seed[0][seed] - by_seed[1][seed] for seed in by_seed[0] if seed in by_seed[1]]
-    n = len(differences)
-    mean = float(np.mean(differences)) if n else math.nan
-    return mean, float(np.std(differences, ddof=1)) if n > 1 else math.nan, n
+
+    def span(name):
+        values = [f"{v:,}" if isinstance(v, int) else str(v) for v in sorted({*frame[name]})]
+        return values[0] if len(values) == 1 else f"{values[0]} to {values[-1]}"
+
+    return f"{span('network')}, " + ", ".join(f"{name} {span(name)}" for name in "BTK")
+
+
+def counts(frame) -> str:
+    """Runs behind the cells of a `summary`: "n = 2", or one number per cell: "n = 3, 3, 2"."""
+    return "n = " + ", ".join(map(str, frame["n"] if frame["n"].nunique() > 1 else frame["n"][:1]))
+
+
+def study(frame) -> str:
+    """A `summary` as a Markdown table, each different run once, and what the records say of their images."""
+    text = markdown(tidy(frame[frame["first"]].drop(columns=["first", "note"])))
+    if np.isinf(frame["epsilon"]).any():
+        text += "\n\nEpsilon inf: not private."
+    notes = sorted({*frame["note"]} - {""})
+    return text + "".join(f"\n\nImages of these runs: {note}." for note in notes)
+
+
+def tidy(frame, digits: int = 2):
+    """A data frame to be shown: rounded, "-" where there is no number."""
+    return frame.round(digits).astype(object).fillna("-")
+
+
+class Difference(NamedTuple):
+    """Mean accuracy of one cell minus that of another (points), its standard error, runs of each."""
+
+    mean: float
+    error: float
+    n: int
+    n_other: int
+
+
+def difference(frame, cell: str, other: str) -> Difference:
+    """How much better `cell` is than `other`, two rows of a `summary`, over all seeds of each.
+
+    Runs are independent, also at one seed (two releases must not share noise), so nothing is paired: the
+    standard error is sqrt(s^2 / n + s_other^2 / n_other), NaN where an n is below 2.
+    """
+    a, b = (frame[frame["cell"] == name].iloc[0] for name in (cell, other))
+    error = math.sqrt(a["ema_std"] ** 2 / max(a["n"], 1) + b["ema_std"] ** 2 / max(b["n"], 1))
+    return Difference(float(a["ema"] - b["ema"]), error, int(a["n"]), int(b["n"]))
+
+
+def differences(frame, pairs: list[tuple[str, str, str]]):
+    """The `difference` of each pair of cells that both have runs.
+
+    Args:
+      frame: from `summary`.
+      pairs: (what it is, cell with it, cell without it).
+    Returns:
+      pandas.DataFrame: what, points, standard error, n with, n without.
+    """
+    import pandas
+
+    ran = {*frame["cell"][frame["n"] > 0]}
+    rows = [(what, *difference(frame, a, b)) for what, a, b in pairs if {a, b} <= ran]
+    return pandas.DataFrame(rows, columns=["what", "points", "standard error", "n with", "n without"])
+
+
+def series(records: list[dict[str, Any]]) -> dict[str, list[tuple[float, float, float | None]]]:
+    """Everybody's accuracy against epsilon on CIFAR-10 without extra data, for `plots.accuracy_epsilon`.
+
+    Returns:
+      {label: [(epsilon, test accuracy in percent, standard deviation or None), ...]}: ours, by network and
+      preset (runs whose settings were changed are not in it), the paper's, and `experiments.literature`.
+    """
+    made, paper = {}, {}
+    for name in ("scatter-linear", "wrn-16-4", "wrn-40-4"):
+        cells = [experiments.get(n) for n in experiments.names(f"cifar10/{name}/*")]
+        for preset in experiments.PRESETS:
+            ran = [(e, cell(e.name, preset, records)) for e in cells]
+            ran = [(experiments.get(e.name, preset), runs) for e, runs in ran if runs]
+            if ran:
+                frame = summary([e for e, _ in ran], [r for _, runs in ran for r in runs])
+                small = "" if preset == "paper" else f" at preset {preset}"
+                where = scale(frame).removeprefix(f"{network(cells[0])}, ")
+                label = f"ours: {network(cells[0])}{small} ({where}), {counts(frame)}"
+                made[label] = [
+                    (e.epsilon, row["ema"], None if row["n"] == 1 else row["ema_std"])
+                    for (e, _), (_, row) in zip(ran, frame.iterrows(), strict=True)
+                ]
+        if name.startswith("wrn"):
+            flag = _unverified([(e.epsilon, e.paper_source) for e in cells])
+            paper[f"paper, {name.upper()}{flag}"] = [(e.epsilon, e.paper_mean, e.paper_std) for e in cells]
+    others = {}
+    for r in literature.CIFAR10:
+        others.setdefault((r.when, r.method), []).append(r)
+    reported = {
+        f"{when}: {method}{_unverified([(r.epsilon, r.source) for r in rows])}": [
+            (r.epsilon, r.mean, r.std) for r in rows
+        ]
+        for (when, method), rows in others.items()
+    }
+    return made | paper | reported
+
+
+def _unverified(sources: list[tuple[float, str]]) -> str:
+    """What to add to the label of such points, (epsilon, source): "" if all were checked."""
+    checked = [f"{epsilon:g}" for epsilon, source in sources if "unverified" not in source]
+    if len(checked) == len(sources):
+        return ""
+    return f" (unverified but for epsilon {', '.join(checked)})" if checked else " (unverified)"
 
 
 def markdown(frame) -> str:

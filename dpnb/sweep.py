@@ -45,6 +45,23 @@ def scales(pattern: str, preset: str, **changes) -> dict[str, list[Experiment]]:
     return found | {other: cells(pattern, other) for other in experiments.PRESETS if other != preset}
 
 
+def on_record(pattern: str, preset: str, records: list[dict[str, Any]], fields=(), **changes) -> dict:
+    """What there is to show of a study: a `results.summary` of each scale that has runs.
+
+    Args:
+      records, fields: as `results.summary` takes them.
+      pattern, preset, changes: as `scales` takes them.
+    Returns:
+      {scale: pandas.DataFrame}, `preset` first; presets at which all cells are the same experiments are
+      one, e.g. "teach = colab = paper".
+    """
+    found, same = scales(pattern, preset, **changes), {}
+    for scale, at_scale in found.items():
+        same.setdefault(tuple(e.fingerprint() for e in at_scale), []).append(scale)
+    frames = {" = ".join(names): results.summary(found[names[0]], records, fields) for names in same.values()}
+    return {scale: frame for scale, frame in frames.items() if frame["n"].sum()}
+
+
 def plan(pattern: str, preset: str, seeds: int = 1, **changes) -> list[Experiment]:
     """The experiments that match, at that scale; one for each of the seeds 0 ... seeds - 1.
 

@@ -7,6 +7,7 @@ import math
 import shutil
 
 import numpy as np
+import pandas
 import pytest
 import shared_runs
 from safetensors.numpy import load_file, save_file
@@ -293,3 +294,91 @@ def test_load_finds_records_oldest_first(tiny, tmp_path):
         (tmp_path / name / "result.json").write_text(text)
     assert [r["experiment"] for r in results.load(tmp_path)] == ["c", "b/x", "a/y"]
     assert results.load(tmp_path / "nothing here") == []
+
+
+def three_cells(**columns):
+    """A `summary` of three cells: 40 +- 2 over 4 seeds, 37 +- 1.5 over 9, and one run of 50."""
+    known = dict(
+        cell=["with", "without", "once"], network=["WRN-10-1"] * 3, B=[128, 512, 1024], T=[77] * 3, K=[0, 1, 2],
+        epsilon=[8.0, math.inf, math.nan], ema=[40.0, 37.0, 50.0], ema_std=[2.0, 1.5, math.nan], n=[4, 9, 1],
+        first=[True, True, True], note=["some are copies", "some are copies", ""],
+    )  # fmt: skip
+    return pandas.DataFrame({**known, **columns})
+
+
+def test_difference_of_means():
+    """sqrt(2^2 / 4 + 1.5^2 / 9) = sqrt(1.25); one run has no standard error, no run no mean."""
+    d = results.difference(three_cells(), "with", "without")
+    assert (d.mean, d.n, d.n_other) == (3.0, 4, 9) and d.error == pytest.approx(1.118034)
+    alone = results.difference(three_cells(), "once", "with")
+    assert alone.mean == 10.0 and math.isnan(alone.error) and (alone.n, alone.n_other) == (1, 4)
+    absent = three_cells(n=[4, 0, 1], ema=[40.0, math.nan, 50.0], ema_std=[2.0, math.nan, math.nan])
+    assert math.isnan(results.difference(absent, "with", "without").mean)
+    pairs = [("a", "with", "without"), ("b", "once", "with"), ("c", "once", "not a cell")]
+    table = results.tidy(results.differences(three_cells(), pairs), 1)
+    assert results.markdown(table).splitlines()[2:] == [
+        "| a | 3.0 | 1.1 | 4 | 9 |",
+        "| b | 10.0 | - | 1 | 4 |",
+    ]
+    assert list(results.differences(absent, pairs)["what"]) == ["b"]
+
+
+def test_difference_from_records(tiny):
+    """All seeds of both cells count, not only those that both have: 80, 82 against 70, 71, 75."""
+    names = "cifar10/wrn-16-4/eps8", "cifar10/wrn-40-4/eps8"
+    runs = [
+        made(tiny, name, "paper", accuracy, seed)
+        for name, found in zip(names, ({0: 80.0, 1: 82.0}, {1: 70.0, 2: 71.0, 3: 75.0}), strict=True)
+        for seed, accuracy in found.items()
+    ]
+    cells = [experiments.get(name).replace(name=f"x/{i}") for i, name in enumerate(names)]
+    d = results.difference(results.summary(cells, runs), "0", "1")
+    assert d.mean == pytest.approx(9.0) and (d.n, d.n_other) == (2, 3)
+    assert d.error == pytest.approx(math.sqrt(2 / 2 + 7 / 3))  # variances 2 and 7
+
+
+def test_scale_and_counts_in_words():
+    assert results.scale(three_cells()) == "WRN-10-1, B 128 to 1,024, T 77, K 0 to 2"
+    assert results.scale(three_cells()[:1]) == "WRN-10-1, B 128, T 77, K 0"
+    assert (results.counts(three_cells()), results.counts(three_cells()[1:2])) == ("n = 4, 9, 1", "n = 9")
+
+
+def test_study_says_inf_and_what_the_images_are():
+    lines = results.study(three_cells()).splitlines()
+    assert [line.split(" | ")[5] for line in lines[2:5]] == ["8.0", "inf", "-"]
+    assert "note" not in lines[0] and lines[5:] == [
+        "", "Epsilon inf: not private.", "", "Images of these runs: some are copies.",
+    ]  # fmt: skip
+    assert "inf" not in results.study(three_cells(epsilon=[8.0, 8.0, 8.0], note=["", "", ""]))
+
+
+def test_epsilon_spent(tiny):
+    """Infinite only for a run that is not private: noise below 0.1 counts as none."""
+    r = copy.deepcopy(tiny.result)
+    assert results.spent(r) == r["privacy"]["epsilon_pld"]
+    r["privacy"].update(epsilon_pld=None, noise_multiplier=0.09)
+    assert results.spent(r) == math.inf
+    r["privacy"].update(noise_multiplier=1.0)
+    assert math.isnan(results.spent(r))  # nobody computed it
+
+
+def test_series_of_accuracy_against_epsilon(tiny):
+    runs = [made(tiny, "cifar10/scatter-linear/eps3", "paper", 66.0 + s, s) for s in range(3)]
+    runs += [made(tiny, "cifar10/scatter-linear/eps1", "paper", 59.0)]
+    runs += [made(tiny, "cifar10/wrn-16-4/eps8", "teach", 53.0)]
+    runs += [made(tiny, "cifar10/wrn-16-4/eps8", "teach", 99.0, 1, {"learning_rate": 9.0})]  # not in it
+    series = results.series(runs)
+    ours = {label: points for label, points in series.items() if label.startswith("ours")}
+    assert ours == {
+        "ours: scatter-linear (B 8,192, T 366, K 0), n = 1, 3": [(1.0, 59.0, None), (3.0, 67.0, 1.0)],
+        "ours: WRN-16-4 at preset teach (WRN-10-1, B 1,000, T 500, K 0), n = 1": [(8.0, 53.0, None)],
+    }
+    assert series["paper, WRN-40-4 (unverified but for epsilon 8)"][-1] == (8.0, 81.4, 0.2)
+    assert len(series["paper, WRN-16-4 (unverified)"]) == 6
+    assert len(series["earlier: ScatterNet + CNN (Tramer & Boneh 2021), re-run"]) == 4
+
+
+def test_our_records_are_in_that_figure():
+    series = results.series(results.load(shared_runs.ROOT / "results"))
+    (label,) = [label for label in series if label.startswith("ours: scatter-linear")]
+    assert {1.0, 3.0} <= {epsilon for epsilon, _, _ in series[label]}

@@ -49,7 +49,7 @@ def execute(name, folder, **given):
 
 @pytest.mark.parametrize("name", PATTERNS)
 def test_shows_what_is_on_record(name, tmp_path):
-    """From top to bottom without training: the committed runs, each with its scale and count."""
+    """From top to bottom without training: the committed runs, once, each with its scale and count."""
     outputs, text = execute(name, tmp_path, train=False)
     figures = {
         "cifar10_ablation.ipynb": 3,
@@ -57,8 +57,9 @@ def test_shows_what_is_on_record(name, tmp_path):
         "cifar10_depth_width.ipynb": 2,
     }
     assert sum("image/png" in o.get("data", {}) for o in outputs) == figures.get(name, 1)
-    if name != "cifar10_table.ipynb":
-        assert "**teach**: WRN-10-" in text
+    assert "Images of these runs: 1,020 of the 60,000" in text  # what the records say of them
+    scale, network = ("teach", "WRN-10-1") if name != "cifar10_table.ipynb" else ("teach = colab = paper", "")
+    assert text.count(f"**{scale}**\n\n| cell | network | B | T | K |") == 1 and f"| {network}" in text
 
 
 def test_trains_and_shows(tmp_path):

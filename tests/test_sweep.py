@@ -4,6 +4,7 @@ import json
 import math
 import pathlib
 
+import pandas
 import pytest
 import shared_runs
 
@@ -131,24 +132,38 @@ def test_an_interrupt_is_not_a_failure(tmp_path, monkeypatch):
         sweep.run(plan(seeds=1), shared_runs.bands(), tmp_path, lambda _: None)
 
 
-def test_summary_and_paired_differences(done):
+def test_summary(done):
     _, made, _ = done
     cells = plan(seeds=1)
-    frame = results.summary(cells, made.records)
+    frame = results.summary(cells, made.records, ("clip_norm",))
     assert list(frame["cell"]) == ["lr1-c0.1", "lr1-c1", "lr1-c10"] and set(frame["n"]) == {2}
+    assert list(frame["clip_norm"]) == [0.1, 1.0, 10.0]
+    assert {(row["B"], row["T"], row["K"]) for _, row in frame.iterrows()} == {(24, 2, 0)}  # as it ran
     accuracies = [[r["accuracy"]["ema"] for r in results.of(e, made.records)] for e in cells]
     for (_, row), (a, b) in zip(frame.iterrows(), accuracies, strict=True):
         assert row["ema"] == pytest.approx((a + b) / 2) and row["ema_std"] == pytest.approx(
             abs(a - b) / math.sqrt(2)
         )
-    mean, std, n = results.paired(cells[0], cells[1], made.records)
-    d = [x - y for x, y in zip(*accuracies[:2], strict=True)]
-    assert (
-        n == 2 and mean == pytest.approx(sum(d) / 2) and std == pytest.approx(abs(d[0] - d[1]) / math.sqrt(2))
-    )
+    text = results.study(frame)
+    assert "| cell | network | B | T | K | clip_norm | epsilon |" in text and "| 24 | 2 | 0 | 0.1 |" in text
+    assert "Images of these runs: made up." in text  # the note of their data, once
     absent = cells[0].replace(epsilon=1.0)
     assert results.summary([absent], made.records)["n"][0] == 0
-    assert math.isnan(results.paired(absent, cells[0], made.records)[0])
+
+
+def test_what_is_on_record(monkeypatch):
+    """The scales that have runs; presets that are one experiment are one scale, also in name."""
+    frames = {}
+
+    def summary(cells, records, fields):
+        frames[cells[0].preset] = cells
+        return pandas.DataFrame({"n": [len(records)]})
+
+    monkeypatch.setattr(results, "summary", summary)
+    found = sweep.on_record("cifar10/scatter-linear/eps3", "smoke", [{}])
+    assert list(found) == ["smoke", "teach = colab = paper"]
+    assert list(sweep.on_record("cifar10/augmult/*", "teach", [{}])) == ["teach", "smoke", "colab", "paper"]
+    assert sweep.on_record("cifar10/augmult/*", "teach", []) == {}
 
 
 @pytest.mark.parametrize("preset", experiments.PRESETS)

@@ -35,7 +35,7 @@ CIFAR10 = [
           e1_93=(58.6, 0.38), e4_21=(66.2, 0.38), e7_42=(70.1, 0.20)),
     *_row("ScatterNet + linear (Tramer & Boneh 2021)", "earlier", "the authors' README", e3=67.0),
     *_row("ScatterNet + CNN (Tramer & Boneh 2021)", "earlier", "the authors' README", e3=69.3),
-    *_row("ScatterNet (Tramer & Boneh 2021), re-run", "earlier", RERUN,
+    *_row("ScatterNet + CNN (Tramer & Boneh 2021), re-run", "earlier", RERUN + ", table 11",
           e1=(60.88, 0.33), e2=(66.96, 0.56), e4=(69.74, 0.24), e8=(72.40, 0.11)),
     *_row("ScaleNorm ResNet-9 (Klause 2022, v1)", "earlier", "as quoted by later work", e7_5=71.7),
     *_row("WRN-16-4, the paper's recipe, re-run", "re-run", RERUN + ", table 11; no weight standardisation",
