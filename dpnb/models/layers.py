@@ -50,9 +50,10 @@ _standardise.defvjp(lambda epsilon, *args: (_formula(epsilon, *args), args), _ba
 
 
 class Conv(nnx.Module):
-    """A 2-d convolution with 'SAME' padding, bias, and (by default) weight standardisation.
+    """A 2-d convolution with bias, and (by default) weight standardisation.
 
-    With `groups`, channels are convolved group by group; both numbers of features must divide into them.
+    `padding` is "SAME" as in JAX and TensorFlow, where an even image at stride 2 gets one more row
+    below than above, or "symmetric" as in PyTorch: (kernel_size - 1) / 2 on every side. With `groups`, channels are convolved group by group; both numbers of features must divide into them.
 
     Kernel ~ Normal(0, 1 / fan_in), untruncated; gain 1, bias 0 (the authors' released code).
     Per-example weight gradients are fast, see `dpnb.convolution`.
@@ -66,6 +67,7 @@ class Conv(nnx.Module):
         *,
         stride: int = 1,
         groups: int = 1,
+        padding: str = "SAME",
         standardised: bool = True,
         dtype: Dtype | None = None,
         rngs: nnx.Rngs,
@@ -76,6 +78,8 @@ class Conv(nnx.Module):
         self.gain = nnx.Param(jnp.ones(out_features)) if standardised else None
         self.bias = nnx.Param(jnp.zeros(out_features))
         self.stride, self.groups, self.dtype = stride, groups, dtype
+        side = (kernel_size - 1) // 2
+        self.padding = "SAME" if padding == "SAME" else ((side, side), (side, side))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[batch, height, width, in_features] -> [batch, height', width', out_features]."""
@@ -84,7 +88,7 @@ class Conv(nnx.Module):
             kernel = standardise(kernel, self.gain[...])
         dtype = self.dtype or jnp.result_type(x, kernel)
         y = conv_general_dilated(
-            x.astype(dtype), kernel.astype(dtype), (self.stride, self.stride), "SAME",
+            x.astype(dtype), kernel.astype(dtype), (self.stride, self.stride), self.padding,
             dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=self.groups,
         )  # fmt: skip
         return y + jnp.expand_dims(self.bias[...].astype(dtype), (0, 1, 2))

@@ -37,25 +37,44 @@ def expected_stds(depths: Sequence[int], alpha: float = 0.2) -> list[float]:
 class Bottleneck(nnx.Module):
     """x -> shortcut + alpha * skip_gain * (1x1 -> 3x3 -> 1x1)(beta * act(x)), a scaled ReLU before each.
 
-    The shortcut is x itself, or a 1x1 convolution of beta * act(x) where shapes change.
+    The shortcut is x itself, or a 1x1 convolution of beta * act(x) where shapes change: strided, or
+    (`average`) of means over 2x2 positions.
     """
 
     def __init__(
-        self, cin: int, cout: int, stride: int, beta: float, alpha: float, skip_gain: float, *, conv
+        self,
+        cin: int,
+        cout: int,
+        stride: int,
+        beta: float,
+        alpha: float,
+        skip_gain: float,
+        average: bool,
+        *,
+        conv,
     ):
         middle = cout // 4
         self.conv0, self.conv1 = conv(cin, middle, 1), conv(middle, middle, 3, stride=stride)
         self.conv2 = conv(middle, cout, 1)
-        self.shortcut = conv(cin, cout, 1, stride=stride) if stride > 1 or cin != cout else None
+        self.pool = stride if average else 1
+        projected = stride > 1 or cin != cout
+        self.shortcut = conv(cin, cout, 1, stride=stride // self.pool) if projected else None
         self.skip_gain = nnx.Param(jnp.asarray(skip_gain, jnp.float32))
         self.beta, self.alpha = beta, alpha
 
     def __call__(self, x: jax.Array, keep: jax.Array | None = None) -> jax.Array:
         """`keep` [batch] is 0 for examples whose residual branch is dropped (stochastic depth), else 1."""
         y = scaled_relu(x) * self.beta
-        skip = x if self.shortcut is None else self.shortcut(y)
+        skip = x if self.shortcut is None else self.shortcut(pooled(y, self.pool))
         y = self.conv2(scaled_relu(self.conv1(scaled_relu(self.conv0(y)))))
         return skip + branch(y, self.skip_gain[...] * self.alpha, keep)
+
+
+def pooled(x: jax.Array, stride: int) -> jax.Array:
+    """Means over stride x stride positions; at the edge of an odd size, of those that are there."""
+    if stride == 1:
+        return x
+    return nnx.avg_pool(x, (stride, stride), (stride, stride), "SAME", count_include_pad=False)
 
 
 def branch(y: jax.Array, scale: jax.Array, keep: jax.Array | None) -> jax.Array:
@@ -99,6 +118,8 @@ class NFResNet(nnx.Module):
       skip_gain: learnt gain of each branch at the start: 1 as in the paper's private runs, or 0, with
         which every block begins as its shortcut.
       stochastic_depth: rate for the last block (0: none).
+      published_by: "deepmind" (the paper's), or "timm", whose networks pad symmetrically and average in
+        the shortcuts; for its weights.
       remat: recompute each block in the backward pass: less memory, about a third more compute.
       dtype: of the computation (None: that of the inputs); parameters stay float32.
       rngs: for the initial parameters, and `dropout` for stochastic depth.
@@ -115,16 +136,21 @@ class NFResNet(nnx.Module):
         alpha: float = 0.2,
         skip_gain: float = 1.0,
         stochastic_depth: float = 0.0,
+        published_by: str = "deepmind",
         remat: bool = False,
         dtype: Dtype | None = None,
         rngs: nnx.Rngs,
     ):
+        if published_by not in ("deepmind", "timm"):
+            raise ValueError(f"published_by must be deepmind or timm, got {published_by!r}")
         if isinstance(depth, int) and depth not in DEPTHS:
             raise ValueError(
                 f"depth must be one of {', '.join(map(str, DEPTHS))}, or blocks a stage, got {depth}"
             )
         depths = DEPTHS[depth] if isinstance(depth, int) else tuple(depth)
-        conv = functools.partial(Conv, dtype=dtype, rngs=rngs)
+        timm = published_by == "timm"
+        self.padding = ((1, 1), (1, 1)) if timm else "SAME"  # of the max-pool
+        conv = functools.partial(Conv, padding="symmetric" if timm else "SAME", dtype=dtype, rngs=rngs)
         cin = int(64 * width)
         self.stem = conv(3, cin, 7, stride=2)
         betas, blocks = [1 / std for std in expected_stds(depths, alpha)], []
@@ -132,9 +158,10 @@ class NFResNet(nnx.Module):
             channels = int(channels * width)
             for i in range(n):
                 stride = 2 if stage and i == 0 else 1
-                blocks.append(
-                    Bottleneck(cin, channels, stride, betas[len(blocks)], alpha, skip_gain, conv=conv)
+                block = Bottleneck(
+                    cin, channels, stride, betas[len(blocks)], alpha, skip_gain, timm, conv=conv
                 )
+                blocks.append(block)
                 cin = channels
         self.blocks = nnx.List(blocks)
         self.drop = StochasticDepth(stochastic_depth, len(blocks), rngs)
@@ -143,7 +170,7 @@ class NFResNet(nnx.Module):
 
     def features(self, images: jax.Array) -> jax.Array:
         """Images float [batch, height, width, 3] -> what the classifier reads, [batch, 2048 width]."""
-        x = nnx.max_pool(self.stem(images), (3, 3), (2, 2), "SAME")
+        x = nnx.max_pool(self.stem(images), (3, 3), (2, 2), self.padding)
         call = nnx.remat(_call) if self.remat else _call
         for i, block in enumerate(self.blocks):
             x = call(block, x, self.drop(i, len(x)))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dpnb.models.layers import Conv, Dtype
-from dpnb.models.nf_resnet import StochasticDepth, _call, branch, expected_stds
+from dpnb.models.nf_resnet import StochasticDepth, _call, branch, expected_stds, pooled
 
 DEPTHS = {"F0": (1, 2, 6, 3), "F1": (2, 4, 12, 6), "F3": (4, 8, 24, 12)}
 SIZES = {"F0": (192, 256), "F1": (224, 320), "F3": (320, 416)}  # pixels in training, in evaluation
@@ -60,11 +60,7 @@ class NFBlock(nnx.Module):
         y = scaled_gelu(x) * self.beta
         skip = x
         if self.shortcut is not None:
-            # Edges of an odd size are means of what is there.
-            pooled = (
-                nnx.avg_pool(y, (2, 2), (2, 2), "SAME", count_include_pad=False) if self.stride > 1 else y
-            )
-            skip = self.shortcut(pooled)
+            skip = self.shortcut(pooled(y, self.stride))
         y = self.conv1(scaled_gelu(self.conv0(y)))
         y = self.conv2(scaled_gelu(self.conv1b(scaled_gelu(y))))
         y = y * self.excite(y).astype(y.dtype)

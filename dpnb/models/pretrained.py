@@ -14,6 +14,7 @@ import pathlib
 import sys
 import urllib.request
 
+import jax
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import load as parse
@@ -21,46 +22,74 @@ from safetensors.numpy import save as serialised
 
 from dpnb.experiments.experiment import Experiment
 from dpnb.files import write_whole
-from dpnb.models import unpickle
+from dpnb.models import conversion, nf_resnet, nfnet, unpickle
 
 Arrays = dict[str, np.ndarray]
 CACHE = pathlib.Path("~/.cache/dpnb/weights")
 OURS = pathlib.Path(__file__).parents[2] / "results" / "pretrained"  # of a source checkout
 AUTHORS = "https://storage.googleapis.com/dm_jax_privacy/models/"
+TIMM = "https://huggingface.co/timm/"
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """One published file of a Wide-ResNet.
+    """One published network.
 
-    url: of the authors' pickle; "" for a file of ours, in a checkout's results/pretrained.
-    sha256: hex, of the *converted* file; None where nobody has measured it yet, and then the name
-    alone is refused.  saw: the public data behind it.  inputs: how pixels were scaled there.
+    url: of the publisher's file (a directory for Orbax); "" for a file of ours, in a checkout's
+    results/pretrained.  published_as: haiku (a pickle), orbax, timm (safetensors), or dpnb.
+    network: "wrn-40-4", "nfnet-F0", "nf-resnet-50".  saw: the public data behind it.
+    inputs: how pixels were scaled there.  sha256: hex, of the *converted* file; None where nobody
+    has measured it yet, and then the name alone is refused.
     """
 
     url: str
+    published_as: str
     licence: str
-    depth: int
-    width: int
+    network: str
     num_classes: int
     saw: str
     inputs: str
     sha256: str | None = None
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(depth, width) of a Wide-ResNet."""
+        return tuple(map(int, self.network.removeprefix("wrn-").split("-")))
+
 
 _CC = "CC BY 4.0"
 _CENTRED = "2 x - 1 of pixels in [0, 1]; dpnb standardises instead, which the first layers must get used to"
+_IMAGENET = "mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225)"
+_STANDARD = "standardised as in dpnb.augment"
 WEIGHTS = {
     "wrn-40-4-cifar100": Weights(
-        AUTHORS + "WRN_40_4_CIFAR100.dill", _CC, 40, 4, 100, "CIFAR-100", "standardised as in dpnb.augment"
+        AUTHORS + "WRN_40_4_CIFAR100.dill", "haiku", _CC, "wrn-40-4", 100, "CIFAR-100", _STANDARD
     ),
     "wrn-40-4-imagenet32": Weights(
-        AUTHORS + "WRN_40_4_IMAGENET32.dill", _CC, 40, 4, 1000, "ImageNet at 32x32", _CENTRED
+        AUTHORS + "WRN_40_4_IMAGENET32.dill", "haiku", _CC, "wrn-40-4", 1000, "ImageNet at 32x32", _CENTRED
     ),
     "wrn-28-10-imagenet32": Weights(
-        AUTHORS + "WRN_28_10_IMAGENET32.dill", _CC, 28, 10, 1000, "ImageNet at 32x32", _CENTRED
+        AUTHORS + "WRN_28_10_IMAGENET32.dill", "haiku", _CC, "wrn-28-10", 1000, "ImageNet at 32x32", _CENTRED
     ),
-}
+    **{
+        f"nfnet-{size.lower()}-imagenet21k": Weights(
+            f"gs://dm_jax_privacy/models/nfnet_{size.lower()}_im21k", "orbax", _CC, f"nfnet-{size}", 21_841,
+            "ImageNet-21k", _IMAGENET,
+        )
+        for size in ("F0", "F1", "F3")
+    },
+    **{
+        f"nfnet-{size.lower()}-imagenet": Weights(
+            f"{TIMM}dm_nfnet_{size.lower()}.dm_in1k/resolve/main/model.safetensors", "timm", "Apache-2.0",
+            f"nfnet-{size}", 1000, "ImageNet", _IMAGENET,
+        )
+        for size in ("F0", "F1", "F3")
+    },
+    "nf-resnet-50-imagenet": Weights(
+        f"{TIMM}nf_resnet50.ra2_in1k/resolve/main/model.safetensors", "timm", "Apache-2.0", "nf-resnet-50",
+        1000, "ImageNet", _IMAGENET,
+    ),
+}  # fmt: skip
 
 
 def load(name_or_path: str | pathlib.Path, cache: str | pathlib.Path = CACHE) -> Arrays:
@@ -163,66 +192,41 @@ def _check(name: str, content: bytes, sha256: str, source) -> None:
 
 
 def convert(published: str | pathlib.Path | bytes, weights: Weights) -> Arrays:
-    """The authors' pickle {"params": ..., "network_state": ...} as our parameters, float32.
-
-    Raises:
-      ValueError: the file is no such pickle (`unpickle.Refused`), or holds another network.
-    """
-    tree = unpickle.load(published)
-    if not isinstance(tree, dict) or not isinstance(tree.get("params"), dict):
-        raise ValueError("the pickle must hold a dict with the key 'params', got something else")
-    return wide_resnet_from_haiku(tree["params"], weights.depth)
-
-
-def wide_resnet_from_haiku(params: dict[str, Arrays], depth: int) -> Arrays:
-    """Haiku's names to ours.  The layers compute the same: padding is SAME in both, the constant of
-    weight standardisation 1e-4, that of the group norm 1e-5.
+    """A published file as our parameters, float32.
 
     Args:
-      params: {"wide_res_net/First_conv": {"w": ..., "gain": ..., "bias": ...}, ...}; a file of the
-        first release has "~conv_fn/" and "~norm_fn/" in its names, which say nothing.
-      depth: 6 n + 4.
+      published: the authors' pickle {"params": ..., "network_state": ...}, the directory of their Orbax
+        checkpoint {"params": ..., "state": ...}, or timm's safetensors; or the content of a file.
+      weights: which network it should hold.
     Raises:
-      ValueError: names are missing or left over: another depth, or another network.
+      ValueError: the file is no such thing (`unpickle.Refused`), or holds another network.
     """
-    left = {
-        name.split("wide_res_net/")[-1].replace("~conv_fn/", "").replace("~norm_fn/", "").lstrip("~/"): leaves
-        for name, leaves in params.items()
-    }
-    made, missing = {}, []
+    kind, _, size = weights.network.rpartition("-")
+    if weights.published_as == "timm":
+        content = published if isinstance(published, bytes) else pathlib.Path(published).read_bytes()
+        if kind == "nfnet":
+            return conversion.nfnet_from_timm(parse(content), nfnet.DEPTHS[size])
+        return conversion.nf_resnet_from_timm(parse(content), nf_resnet.DEPTHS[int(size)])
+    tree = _orbax(published) if weights.published_as == "orbax" else unpickle.load(published)
+    if not isinstance(tree, dict) or not isinstance(tree.get("params"), dict):
+        raise ValueError("the file must hold a dict with the key 'params', got something else")
+    if kind == "nfnet":
+        return conversion.nfnet_from_haiku(tree["params"], nfnet.DEPTHS[size])
+    return conversion.wide_resnet_from_haiku(tree["params"], weights.shape[0])
 
-    def take(ours: str, theirs: str, **leaves: str) -> None:
-        found = dict(left.pop(theirs, {}))
-        for our_leaf, their_leaf in leaves.items():
-            if their_leaf not in found:
-                missing.append(f"{theirs}/{their_leaf}")
-                continue
-            array = np.asarray(found.pop(their_leaf), np.float32)
-            # Old group norms keep their scale as [1, 1, 1, channels].
-            made[f"{ours}/{our_leaf}"] = array.reshape(-1) if our_leaf in ("scale", "bias", "gain") else array
-        if found:
-            left[theirs] = found
 
-    conv = dict(kernel="w", gain="gain", bias="bias")
-    norm = dict(scale="scale", bias="offset")
-    take("stem", "First_conv", **conv)
-    n = (depth - 4) // 6
-    for stage in range(3):
-        block = f"Block_{stage + 1}"
-        take(f"blocks/{stage * n}/skip_norm", f"{block}_skip_norm", **norm)
-        take(f"blocks/{stage * n}/skip_conv", f"{block}_skip_conv", **conv)
-        for i in range(n):
-            for j in range(2):
-                take(f"blocks/{stage * n + i}/norm{j + 1}", f"{block}_norm_{i}_{j}", **norm)
-                take(f"blocks/{stage * n + i}/conv{j + 1}", f"{block}Conv_{i}_{j}", **conv)
-    take("norm", "Final_norm", **norm)
-    take("linear", "Softmax", kernel="w", bias="b")
-    if missing or left:
+def _orbax(directory: str | pathlib.Path):
+    """All arrays of an Orbax checkpoint, as numpy arrays; no code is in such a file."""
+    import orbax.checkpoint
+
+    if isinstance(directory, bytes) or not pathlib.Path(directory).is_dir():
         raise ValueError(
-            f"the file must hold a Wide-ResNet of depth {depth}, got one without {missing[:3]} and with "
-            f"{sorted(left)[:3]} beyond it; another depth?"
+            "an Orbax checkpoint is a directory; copy it whole (`gsutil cp -r`) and pass its path"
         )
-    return dict(sorted(made.items()))
+    reader, where = orbax.checkpoint.PyTreeCheckpointer(), pathlib.Path(directory).absolute()
+    like = reader.metadata(where).item_metadata.tree
+    as_numpy = jax.tree.map(lambda _: orbax.checkpoint.RestoreArgs(restore_type=np.ndarray), like)
+    return reader.restore(where, restore_args=as_numpy)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -242,8 +246,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.command == "list":
         for name, w in WEIGHTS.items():
-            print(f"{name}: WRN-{w.depth}-{w.width}, {w.num_classes} classes, saw {w.saw}; inputs {w.inputs}")
-            print(f"    {w.url} ({w.licence}), SHA-256 of the converted file: {w.sha256 or 'not on record'}")
+            print(f"{name}: {w.network}, {w.num_classes} classes, saw {w.saw}; inputs {w.inputs}")
+            print(
+                f"    {w.url or OURS} ({w.licence}), SHA-256 of the converted file: {w.sha256 or 'not on record'}"
+            )
         return 0
     try:
         if options.command == "pack":

@@ -1,0 +1,212 @@
+"""Published parameters of others under our names: every leaf finds its place, or the file is refused."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from dpnb.models.nf_resnet import RELU_GAIN
+
+Arrays = dict[str, np.ndarray]
+FLOOR = 1e-4  # of our weight standardisation, see `dpnb.models.layers.standardise`
+TIMM_EPSILON = 1e-5  # added to the variance there
+
+
+class Leaves:
+    """The leaves of a file, taken one by one; what is missing or left over names another network."""
+
+    def __init__(self, layers: Mapping[str, Mapping[str, np.ndarray]]):
+        self.left = {name: dict(leaves) for name, leaves in layers.items()}
+        self.missing: list[str] = []
+        self.made: Arrays = {}
+
+    def take(self, ours: str, theirs: str, **leaves: str) -> None:
+        """Layer `theirs` as our `ours`; leaves: {our name: their name}."""
+        found = self.left.pop(theirs, {})
+        for our_leaf, their_leaf in leaves.items():
+            if their_leaf not in found:
+                self.missing.append(f"{theirs}/{their_leaf}")
+                continue
+            array = np.asarray(found.pop(their_leaf), np.float32)
+            # Old group norms keep their scale as [1, 1, 1, channels], PyTorch its gains as [channels, 1, 1, 1].
+            flat = our_leaf in ("scale", "bias", "gain")
+            self.made["/".join(filter(None, (ours, our_leaf)))] = array.reshape(-1) if flat else array
+        if found:
+            self.left[theirs] = found
+
+    def finish(self, network: str) -> Arrays:
+        """All that was taken.
+
+        Raises:
+          ValueError: leaves are missing or left over.
+        """
+        if self.missing or self.left:
+            raise ValueError(
+                f"the file must hold a {network}, got one without {self.missing[:3]} and with "
+                f"{sorted(self.left)[:3]} beyond it; another depth?"
+            )
+        return dict(sorted(self.made.items()))
+
+
+CONV = dict(kernel="w", gain="gain", bias="bias")
+NORM = dict(scale="scale", bias="offset")
+LINEAR = dict(kernel="w", bias="b")
+
+
+def wide_resnet_from_haiku(params: Mapping[str, Arrays], depth: int) -> Arrays:
+    """Haiku's names to ours.  The layers compute the same: padding is SAME in both, the constant of
+    weight standardisation 1e-4, that of the group norm 1e-5.
+
+    Args:
+      params: {"wide_res_net/First_conv": {"w": ..., "gain": ..., "bias": ...}, ...}; a file of the
+        first release has "~conv_fn/" and "~norm_fn/" in its names, which say nothing.
+      depth: 6 n + 4.
+    Raises:
+      ValueError: names are missing or left over: another depth, or another network.
+    """
+    leaves = Leaves(
+        {
+            name.split("wide_res_net/")[-1]
+            .replace("~conv_fn/", "")
+            .replace("~norm_fn/", "")
+            .lstrip("~/"): layer
+            for name, layer in params.items()
+        }
+    )
+    leaves.take("stem", "First_conv", **CONV)
+    n = (depth - 4) // 6
+    for stage in range(3):
+        block = f"Block_{stage + 1}"
+        leaves.take(f"blocks/{stage * n}/skip_norm", f"{block}_skip_norm", **NORM)
+        leaves.take(f"blocks/{stage * n}/skip_conv", f"{block}_skip_conv", **CONV)
+        for i in range(n):
+            for j in range(2):
+                leaves.take(f"blocks/{stage * n + i}/norm{j + 1}", f"{block}_norm_{i}_{j}", **NORM)
+                leaves.take(f"blocks/{stage * n + i}/conv{j + 1}", f"{block}Conv_{i}_{j}", **CONV)
+    leaves.take("norm", "Final_norm", **NORM)
+    leaves.take("linear", "Softmax", **LINEAR)
+    return leaves.finish(f"Wide-ResNet of depth {depth}")
+
+
+def nfnet_from_haiku(params: Mapping[str, Arrays], depths: tuple[int, ...]) -> Arrays:
+    """Haiku's names of an NFNet to ours; the layers compute the same.
+
+    Args:
+      params: {"NFNet/~/stem_conv0": {"w": ..., "gain": ..., "bias": ...}, "NFNet/~/nf_block":
+        {"skip_gain": ...}, "NFNet/~/nf_block_1/~/conv0": ...}.
+      depths: blocks in each stage.
+    Raises:
+      ValueError: names are missing or left over.
+    """
+    leaves = Leaves({name.replace("~/", "").removeprefix("NFNet/"): layer for name, layer in params.items()})
+    for i in range(4):
+        leaves.take(f"stem/{i}", f"stem_conv{i}", **CONV)
+    first = {sum(depths[:stage]) for stage in range(len(depths))}
+    for i in range(sum(depths)):
+        ours, theirs = f"blocks/{i}", f"nf_block_{i}" if i else "nf_block"
+        for name in ("conv0", "conv1", "conv1b", "conv2"):
+            leaves.take(f"{ours}/{name}", f"{theirs}/{name}", **CONV)
+        if i in first:
+            leaves.take(f"{ours}/shortcut", f"{theirs}/conv_shortcut", **CONV)
+        leaves.take(f"{ours}/excite/squeeze", f"{theirs}/squeeze_excite/linear", **LINEAR)
+        leaves.take(f"{ours}/excite/excite", f"{theirs}/squeeze_excite/linear_1", **LINEAR)
+        leaves.take(ours, theirs, skip_gain="skip_gain")
+    leaves.take("final", "final_conv", **CONV)
+    leaves.take("linear", "linear", **LINEAR)
+    return leaves.finish(f"NFNet of {depths} blocks")
+
+
+def nfnet_from_timm(state: Arrays, depths: tuple[int, ...]) -> Arrays:
+    """timm's `dm_nfnet_*` (paddings and gains where ours are) as our NFNet, `published_by` deepmind.
+
+    timm computes GELU exactly, DeepMind and we by its usual approximation: outputs agree to about 1e-3.
+
+    Args:
+      state: {"stages.0.0.conv1.weight": ..., ...}, as in its safetensors file.
+      depths: blocks in each stage.
+    Raises:
+      ValueError: names are missing or left over.
+    """
+    leaves = _timm(state)
+    for i in range(4):
+        leaves.take(f"stem/{i}", f"stem.conv{i + 1}", **_TIMM_CONV)
+    for ours, theirs, first in _timm_blocks(depths):
+        for name, their_name in (
+            ("conv0", "conv1"),
+            ("conv1", "conv2"),
+            ("conv1b", "conv2b"),
+            ("conv2", "conv3"),
+        ):
+            leaves.take(f"{ours}/{name}", f"{theirs}.{their_name}", **_TIMM_CONV)
+        if first:
+            leaves.take(f"{ours}/shortcut", f"{theirs}.downsample.conv", **_TIMM_CONV)
+        leaves.take(f"{ours}/excite/squeeze", f"{theirs}.attn_last.fc1", **_TIMM_LINEAR)
+        leaves.take(f"{ours}/excite/excite", f"{theirs}.attn_last.fc2", **_TIMM_LINEAR)
+        leaves.take(ours, theirs, skip_gain="skipinit_gain")
+    leaves.take("final", "final_conv", **_TIMM_CONV)
+    leaves.take("linear", "head.fc", **_TIMM_LINEAR)
+    return _channels_last(leaves.finish(f"NFNet of {depths} blocks"))
+
+
+def nf_resnet_from_timm(state: Arrays, depths: tuple[int, ...]) -> Arrays:
+    """timm's `nf_resnet*` as our NFResNet with published_by="timm".
+
+    There the gain of the ReLU is part of the convolution behind it, ours of the ReLU itself: the same product,
+    but for the stem, which no ReLU precedes (its gain grows), and the classifier, which a ReLU precedes
+    (its kernel shrinks). Branches have no skip gain there: 1 here.
+
+    Args, Raises: as `nfnet_from_timm`.
+    """
+    leaves = _timm(state)
+    leaves.take("stem", "stem.conv", **_TIMM_CONV)
+    for ours, theirs, first in _timm_blocks(depths):
+        for i in range(3):
+            leaves.take(f"{ours}/conv{i}", f"{theirs}.conv{i + 1}", **_TIMM_CONV)
+        if first:
+            leaves.take(f"{ours}/shortcut", f"{theirs}.downsample.conv", **_TIMM_CONV)
+        leaves.made[f"{ours}/skip_gain"] = np.ones((), np.float32)
+    leaves.take("linear", "head.fc", **_TIMM_LINEAR)
+    made = _channels_last(leaves.finish(f"NF-ResNet of {depths} blocks"))
+    made["stem/gain"] = made["stem/gain"] * np.float32(RELU_GAIN)
+    made["linear/kernel"] = made["linear/kernel"] / np.float32(RELU_GAIN)
+    return made
+
+
+_TIMM_CONV = dict(kernel="weight", gain="gain", bias="bias")
+_TIMM_LINEAR = dict(kernel="weight", bias="bias")
+
+
+def _timm(state: Arrays) -> Leaves:
+    layers: dict[str, Arrays] = {}
+    for name, array in state.items():
+        layer, _, leaf = name.rpartition(".")
+        layers.setdefault(layer, {})[leaf] = array
+    return Leaves(layers)
+
+
+def _timm_blocks(depths):
+    """(our name, timm's name, is it the first of its stage) of every block."""
+    number = 0
+    for stage, depth in enumerate(depths):
+        for block in range(depth):
+            yield f"blocks/{number}", f"stages.{stage}.{block}", block == 0
+            number += 1
+
+
+def _channels_last(arrays: Arrays) -> Arrays:
+    """PyTorch's [out, in, h, w] as [h, w, in, out], its linear layers transposed, and gains such that our
+    weight standardisation gives the weights that timm's gives, whatever the variance.
+
+    Ours divides by sqrt(max(v n, 1e-4)), timm's by sqrt((v + 1e-5) n), for variance v and fan-in n.
+    """
+    made = {}
+    for name, array in arrays.items():
+        if name.endswith("/kernel"):
+            linear = "/excite/" in name or name.startswith("linear/")
+            array = array.reshape(array.shape[:2]).T if linear else array.transpose(2, 3, 1, 0)
+        made[name] = np.ascontiguousarray(array)
+    for name in [n for n in made if n.endswith("/gain")]:
+        kernel = made[name.removesuffix("gain") + "kernel"].astype(np.float64)
+        fan_in, variance = kernel[..., 0].size, kernel.var((0, 1, 2))
+        ours, theirs = np.maximum(variance * fan_in, FLOOR), (variance + TIMM_EPSILON) * fan_in
+        made[name] = (made[name] * np.sqrt(ours / theirs)).astype(np.float32)
+    return made
