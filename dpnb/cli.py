@@ -112,14 +112,15 @@ def run_sweep(options) -> int:
     """Every cell of a pattern, in this process: no notebooks, the same records."""
     from dpnb import data, results, sweep
 
-    if options.secret_seed:
+    several = options.seeds or any(c in options.name for c in "*?[")
+    if options.secret_seed and several:
         raise ValueError(
             "a sweep has published seeds, got --secret-seed; run one experiment at a time with it"
         )
     asked = changes(options.set)
     todo = sweep.plan(options.name, options.preset, options.seeds or 1, data_note=options.data_note, **asked)
     if options.seeds is None:
-        todo = [e.replace(seed=options.seed) for e in todo]
+        todo = [e.replace(seed=None if options.secret_seed else options.seed) for e in todo]
     datasets = {e.dataset for e in todo}
     if len(datasets) > 1:
         raise ValueError(f"a sweep reads one data set, got those of {options.name!r}; narrow the pattern")
@@ -142,11 +143,13 @@ def run(options) -> int:
     from dpnb import sweep
 
     one = not (options.seeds or any(c in options.name for c in "*?["))
-    if not one or experiments.get(options.name, options.preset).on_features or "/finetune/" in options.name:
+    if not one:
+        return run_sweep(options)
+    asked = changes(options.set)
+    if experiments.get(options.name, options.preset, **asked).on_features or "/finetune/" in options.name:
         return run_sweep(options)
 
     seed = None if options.secret_seed else options.seed
-    asked = changes(options.set)
     e = experiments.get(options.name, options.preset, seed=seed, **asked)  # refuses before it starts
     out = options.out or sweep.directory("runs", e)
     parameters = dict(

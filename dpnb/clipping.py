@@ -163,7 +163,7 @@ def clipped_grad(
       A function `(params, examples, mask=None, total=None) -> (sum, NonPrivate)` that can be
       jitted; its `.sensitivity` is the l2 sensitivity of the sum.
     Raises:
-      ValueError: `clip_norm` is not positive, or infinite together with rescaling;
+      ValueError: `clip_norm` is not positive or below 1e-12, or infinite together with rescaling;
         `microbatch_size` below 1.
 
     >>> import jax.numpy as jnp
@@ -174,6 +174,11 @@ def clipped_grad(
     """
     if not clip_norm > 0:
         raise ValueError(f"clip_norm must be positive, got {clip_norm}")
+    if clip_norm < 1e-12:
+        raise ValueError(
+            f"clip_norm must be at least 1e-12, got {clip_norm}: squares of smaller gradients are zero in "
+            "float32, and nothing would be clipped; scale the loss"
+        )
     if rescale_to_unit_norm and math.isinf(clip_norm):
         raise ValueError("rescale_to_unit_norm needs a finite clip_norm, got inf; turn one of them off")
     if microbatch_size is not None and microbatch_size < 1:

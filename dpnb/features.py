@@ -36,9 +36,19 @@ class FeatureSplit:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FeatureDataset(Dataset):
-    """A data set of features; its identity is that of the images and of how they were made."""
+    """A data set of features; its identity is that of the images and of how they were made.
+
+    transform: how, in words that tell every transform from every other.
+    identity: SHA-256 (hex) of that and of the images.
+    """
 
     identity: str = ""
+    transform: str = ""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not (self.identity and self.transform):
+            raise ValueError("features must say what they are made of (identity, transform); use `prepare`")
 
     @property
     def fingerprint(self) -> str:
@@ -54,32 +64,52 @@ def prepare(experiment: Experiment, data: Dataset) -> Dataset:
 
     Raises:
       KeyError, ValueError, OSError: public weights that cannot be had, are another network's, or
-        saw these very images.
+        saw these very images; `data` are features of another kind.
     """
-    if not experiment.on_features or isinstance(data, FeatureDataset):
+    if not experiment.on_features:
+        return data
+    if isinstance(data, FeatureDataset):
+        check(experiment, data)
         return data
     if experiment.network == "scatter-linear":
         return _scattered(data)
-    pretrained.used(experiment, unseen=data.fingerprint)
+    pretrained.used(experiment, data)
     # Only what decides about the features is given on, so that experiments share them.
     like = Experiment("features", pretrained=experiment.pretrained)
     like = like.replace(**{name: getattr(experiment, name) for name in SHAPE})
     return _extracted(data, _network(experiment), like)
 
 
+def check(experiment: Experiment, data: Dataset) -> None:
+    """Refuses what the experiment's network does not read: images for features, or other features.
+
+    Raises:
+      ValueError: see there.
+    """
+    is_features = isinstance(data, FeatureDataset)
+    if experiment.on_features and not is_features:
+        raise ValueError(f"{experiment.name} trains on features, got images; call `features.prepare` first")
+    if is_features and not (experiment.on_features and data.transform == transform(experiment)):
+        raise ValueError(f"{experiment.name} reads other features than these, which are {data.transform}")
+
+
+def transform(experiment: Experiment) -> str:
+    """How the features of an experiment are made, in words."""
+    return SCATTERING if experiment.network == "scatter-linear" else _network(experiment)
+
+
 def fingerprint(experiment: Experiment, data: Dataset) -> str:
     """That of `prepare(experiment, data)`, without computing a feature."""
     if not experiment.on_features or isinstance(data, FeatureDataset):
         return data.fingerprint
-    if experiment.network == "scatter-linear":
-        return _identity("log scattering J=2 L=8, standardised by random images and image", data)
-    return _identity(_network(experiment), data)
+    return _identity(transform(experiment), data)
 
 
-def _identity(transform: str, data: Dataset) -> str:
-    return hashlib.sha256(f"{transform}, of {data.fingerprint}".encode()).hexdigest()
+def _identity(words: str, data: Dataset) -> str:
+    return hashlib.sha256(f"{words}, of {data.fingerprint}".encode()).hexdigest()
 
 
+SCATTERING = "log scattering J=2 L=8, standardised by random images and image"
 SHAPE = ("depth", "width", "norm", "standardised", "relu_first", "compute_dtype")
 
 
@@ -95,7 +125,7 @@ def _extracted(data: Dataset, network: str, experiment: Experiment) -> FeatureDa
     check_independent(model, np.random.default_rng(0).normal(size=(3, *data.train.images.shape[1:])))
     transform = jax.jit(lambda images: model.features(normalise(images)).astype("float32"))
     train, test = (extract(transform, split) for split in (data.train, data.test))
-    return FeatureDataset(data.name, train, test, data.classes, data.note, _identity(network, data))
+    return FeatureDataset(data.name, train, test, data.classes, data.note, _identity(network, data), network)
 
 
 @functools.lru_cache(maxsize=1)
@@ -103,8 +133,8 @@ def _scattered(data: Dataset) -> FeatureDataset:
     mean, std = scattering.standards(data.train.images.shape[1])
     transform = jax.jit(functools.partial(scattering.features, mean=mean, std=std))
     train, test = (extract(transform, split) for split in (data.train, data.test))
-    identity = _identity("log scattering J=2 L=8, standardised by random images and image", data)
-    return FeatureDataset(data.name, train, test, data.classes, data.note, identity)
+    identity = _identity(SCATTERING, data)
+    return FeatureDataset(data.name, train, test, data.classes, data.note, identity, SCATTERING)
 
 
 def extract(transform, split: Split, batch_size: int = 500) -> FeatureSplit:

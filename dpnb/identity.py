@@ -4,12 +4,15 @@ import functools
 import hashlib
 import pathlib
 import re
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.extend.core import Literal
 
 from dpnb.models import functional
 
@@ -40,16 +43,33 @@ def computation(
     digest, programs, params = hashlib.sha256(), [], {}
     if model is not None:
         params, apply = functional(model)
-        programs.append(jax.make_jaxpr(apply)(params, jnp.zeros((1, *image_shape))))
+
+        def loss(params, images):  # with its backward rules, which may hold constants of their own
+            return jax.tree.reduce(jnp.add, jax.tree.map(jnp.sum, apply(params, images)))
+
+        programs.append(jax.make_jaxpr(jax.value_and_grad(loss))(params, jnp.zeros((1, *image_shape))))
     if optimizer is not None:
         like = params or {"any": jnp.zeros(3)}
         programs.append(jax.make_jaxpr(optimizer.init)(like))
         programs.append(jax.make_jaxpr(optimizer.update)(like, optimizer.init(like), like))
     for program in programs:
         digest.update(re.sub(r"0x[0-9a-f]+", "", str(program.jaxpr)).encode())
-    for x in jax.tree.leaves([params, *[list(program.consts) for program in programs]]):
+    for x in jax.tree.leaves([params, *[[*constants(p.jaxpr, p.consts)] for p in programs]]):
         if jax.dtypes.issubdtype(getattr(x, "dtype", None), jax.dtypes.prng_key):
             x = jax.random.key_data(x)
         x = np.asarray(x)
         digest.update(f"{x.dtype} {x.shape}".encode() + x.tobytes())
     return digest.hexdigest()
+
+
+def constants(jaxpr, own=()) -> Iterator[Any]:
+    """All arrays that a traced program holds, those inside of its inner programs (`jit`, `scan` ...) included."""
+    yield from own
+    for equation in jaxpr.eqns:
+        yield from (v.val for v in equation.invars if isinstance(v, Literal) and np.ndim(v.val))
+        inner = jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr"))
+        for program in inner:
+            if hasattr(program, "jaxpr"):
+                yield from constants(program.jaxpr, program.consts)
+            elif hasattr(program, "eqns"):
+                yield from constants(program)

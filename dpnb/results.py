@@ -18,7 +18,6 @@ from dpnb import experiments, ledger, privacy
 from dpnb.data import Dataset
 from dpnb.experiments import literature
 from dpnb.files import write_whole
-from dpnb.models import pretrained
 from dpnb.training import Run
 
 WITHIN = 1.0  # points: re-runs of one setting spread by 0.8 to 0.9
@@ -63,7 +62,7 @@ def record(run: Run, data: Dataset) -> dict[str, Any]:
             "fingerprint": data.fingerprint,
             "note": data.note,
         },
-        "pretrained": pretrained.used(e),
+        "pretrained": run.public,
         "paper": {"mean": e.paper_mean, "std": e.paper_std, "source": e.paper_source},
         "seconds": run.seconds,
         "devices": run.devices,
@@ -82,6 +81,8 @@ def save(run: Run, data: Dataset, directory: str | pathlib.Path) -> dict[str, An
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     saw = f"{data.name}, as {run.experiment.name} (fingerprint {data.fingerprint})"
+    if run.public:
+        saw += f"; before that {run.public['saw']}"
     write_whole(directory / "ema.safetensors", serialised(flatten(run.ema_params), {"saw": saw}))
     made = record(run, data)
     write_whole(directory / "result.json", json.dumps(made, indent=1, allow_nan=False) + "\n")

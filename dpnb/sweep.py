@@ -92,7 +92,12 @@ def finished(e: Experiment, data: Dataset, records: list[dict[str, Any]]) -> dic
 
     With public weights it must have begun with these very ones.
     """
-    images, began = features.fingerprint(e, data), pretrained.used(e)
+    if not results.of(e, records):
+        return None
+    try:
+        images, began = features.fingerprint(e, data), pretrained.used(e)
+    except (KeyError, OSError, ValueError):  # weights that cannot be had: training will say so
+        return None
     same = [
         r
         for r in results.of(e, records)

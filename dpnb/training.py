@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from dpnb import privacy
+from dpnb import features, privacy
 from dpnb.checkpoints import Checkpoints, run_seed, salt
 from dpnb.data import Dataset
 from dpnb.evaluation import Evaluation, local, make_evaluate
@@ -53,6 +53,7 @@ class Run:
     steps: int
     seconds: float
     devices: str
+    public: dict[str, str] | None  # the weights that it began with, see `dpnb.models.pretrained.used`
     stopped: str  # why the run ended before its last step; "" if it did not
 
 
@@ -123,8 +124,12 @@ def train(
     began, directory = time.monotonic(), pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     experiment = calibrated(experiment, len(data.train))
+    if model is None:
+        features.check(experiment, data)
+    else:
+        check_own_model(experiment)
     custom = computation(model, optimizer, data.train.images.shape[1:])
-    public = pretrained.used(experiment, unseen=data.fingerprint)
+    public = pretrained.used(experiment, data)
     origin = {"public": public["sha256"]} if public else {}
     fingerprint = experiment.fingerprint(data=data.fingerprint, custom=custom, **origin)
     used = jax.devices() if devices is None else devices
@@ -140,6 +145,8 @@ def train(
     seed = derived_seed(seed, fingerprint + salt(directory, computer))
     fingerprint = f"{fingerprint} {label}"
     model = make_model(experiment, len(data.classes), seed) if model is None else model
+    if pretrained.used(experiment) != public:
+        raise ValueError(f"{experiment.pretrained} changed while it was read; start again")
     check_independent(model, noise_images(data))
     check_outputs(model, data)
     trainer = make_trainer(experiment, data, seed=seed, model=model, optimizer=optimizer, devices=devices)
@@ -206,6 +213,7 @@ def train(
         steps=int(state.step),
         seconds=before + (time.monotonic() if int(state.step) > start else began),
         devices=hardware,
+        public=public,
         stopped=stopped,
     )
 
@@ -219,6 +227,19 @@ def charge(ledger: Ledger, step: int, mechanism: privacy.Mechanism, fingerprint:
         refusal = str(error)
     refused = from_first(int(bool(refusal)))
     return (refusal or "the ledger of the first process refused the step") if refused else ""
+
+
+def check_own_model(experiment: Experiment) -> None:
+    """A model that is passed in begins and trains as it is.
+
+    Raises:
+      ValueError: the experiment says otherwise, and its record would.
+    """
+    if experiment.pretrained or experiment.trainable != "all":
+        raise ValueError(
+            f"{experiment.name}: a model of your own begins and trains as it is; leave pretrained and "
+            f"trainable at their defaults, got {experiment.pretrained!r} and {experiment.trainable!r}"
+        )
 
 
 def check_outputs(model: nnx.Module, data: Dataset) -> None:

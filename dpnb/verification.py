@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from dpnb import data, features, privacy, results
 from dpnb.evaluation import make_evaluate
 from dpnb.experiments import Experiment
-from dpnb.models import functional
+from dpnb.models import functional, pretrained
 from dpnb.update import make_model
 
 
@@ -50,16 +50,21 @@ def verify(directory: str | pathlib.Path, *, data_dir=None, data_file=None) -> R
     checks.append((agree, f"{p['steps']} steps of {stated}, {p['epsilon_is']}; the ledger has {charged}"))
     hyper = {k: v for k, v in r["hyper_parameters"].items() if v is not None}
     experiment = Experiment(**{**hyper, "epsilon": hyper.get("epsilon", float("inf"))})
-    lines = [f"{'ok  ' if ok else 'FAIL'} {text}" for ok, text in checks]
     try:
         found = data.load(
             r["data"]["name"], data_dir=data_dir, file=data_file, validation=experiment.validation
         )
         weights = load_file(directory / "ema.safetensors")
-    except (data.DataError, FileNotFoundError) as error:
+        if r.get("pretrained"):
+            began = pretrained.used(experiment)["sha256"]
+            checks.append((began == r["pretrained"]["sha256"], f"began with the weights {began[:16]}"))
+        fingerprint = features.fingerprint(experiment, found)
+    except (data.DataError, OSError, KeyError, ValueError) as error:
+        lines = [f"{'ok  ' if ok else 'FAIL'} {text}" for ok, text in checks]
         lines.append(f"--   accuracy and data were not checked: {error}")
         return Report(all(ok for ok, _ in checks), False, lines)
-    fingerprint, recorded = features.fingerprint(experiment, found), r["data"]["fingerprint"]
+    lines = [f"{'ok  ' if ok else 'FAIL'} {text}" for ok, text in checks]
+    recorded = r["data"]["fingerprint"]
     same = fingerprint == recorded
     note = f" (of images with the note: {r['data']['note']})" if r["data"]["note"] and not same else ""
     said = f"data fingerprint {fingerprint[:16]}, recorded {recorded[:16]}"

@@ -15,7 +15,7 @@ from dpnb.results import flatten
 from dpnb.verification import unflatten
 
 DEPTH, WIDTH, CLASSES = 16, 1, 7
-WEIGHTS = pretrained.Weights("", "ours", DEPTH, WIDTH, CLASSES, "nothing", "random")
+WEIGHTS = pretrained.Weights("", "haiku", "ours", f"wrn-{DEPTH}-{WIDTH}", CLASSES, "nothing", "random")
 
 
 def leaves(depth=DEPTH):
@@ -137,7 +137,7 @@ def named(tmp_path, monkeypatch):
     """A name whose source is a file here; its hash is that of the honest conversion."""
     (tmp_path / "theirs.dill").write_bytes(published(leaves()))
     made = pretrained.convert(tmp_path / "theirs.dill", WEIGHTS)
-    sha256 = hashlib.sha256(save(made)).hexdigest()
+    sha256 = hashlib.sha256(save(made, {"saw": "nothing"})).hexdigest()
     url = (tmp_path / "theirs.dill").as_uri()
     changes = dict(url=url, sha256=sha256)
     monkeypatch.setitem(pretrained.WEIGHTS, "test", pretrained.dataclasses.replace(WEIGHTS, **changes))
@@ -183,7 +183,7 @@ def test_a_changed_cache_is_refused(named):
 def test_nothing_is_trusted_on_first_use(name, tmp_path, monkeypatch):
     monkeypatch.setattr(pretrained.urllib.request, "urlopen", lambda *_: pytest.fail("asked the network"))
     w = pretrained.WEIGHTS[name]
-    assert w.licence and w.saw and w.url.startswith("https://")
+    assert w.licence and w.saw and w.url.startswith(("https://", "gs://"))
     if w.sha256 is None:
         with pytest.raises(ValueError, match="trusted on first use"):
             pretrained.load(name, tmp_path)
@@ -196,6 +196,7 @@ def test_command_line(named, capsys, monkeypatch):
     arguments = ["convert", "test", str(folder / "theirs.dill"), str(folder / "out.safetensors")]
     assert pretrained.main(arguments) == 0 and pretrained.WEIGHTS["test"].sha256 in capsys.readouterr().out
     assert set(load_file(folder / "out.safetensors")) == set(made)
+    assert pretrained.saw(folder / "out.safetensors") == "nothing"
     (folder / "theirs.dill").write_bytes(b"nothing")
     assert pretrained.main([*arguments[:3], str(folder / "other.safetensors")]) == 2
     assert not (folder / "other.safetensors").exists() and "pickle" in capsys.readouterr().err
@@ -206,9 +207,7 @@ def test_ours_come_with_the_checkout_and_with_their_hash(tmp_path, monkeypatch):
     ours_ = {name: weights for name, weights in pretrained.WEIGHTS.items() if not weights.url}
     assert {"wrn-10-2-tiny-imagenet32", "wrn-10-2-textures"} <= set(ours_)
     for name, weights in ours_.items():
-        params, _ = functional(
-            WideResNet(weights.depth, weights.width, weights.num_classes, rngs=nnx.Rngs(0))
-        )
+        params, _ = functional(WideResNet(*weights.shape, weights.num_classes, rngs=nnx.Rngs(0)))
         made = pretrained.load(name)
         assert {k: v.shape for k, v in made.items()} == {k: v.shape for k, v in flatten(params).items()}
         assert len(pretrained.identity(made)) == 64
@@ -221,7 +220,7 @@ def test_ours_come_with_the_checkout_and_with_their_hash(tmp_path, monkeypatch):
 
 
 def test_half_precision_keeps_what_the_weights_saw(tmp_path):
-    arrays = {"a": np.linspace(-3, 3, 7, dtype=np.float32)}
+    arrays = {"a": np.linspace(-3, 3, 8, dtype=np.float32)}
     (tmp_path / "full.safetensors").write_bytes(save(arrays, {"saw": "a public set"}))
     assert (
         pretrained.main(["pack", str(tmp_path / "full.safetensors"), str(tmp_path / "half.safetensors")]) == 0
@@ -231,3 +230,22 @@ def test_half_precision_keeps_what_the_weights_saw(tmp_path):
     np.testing.assert_allclose(half["a"], arrays["a"], rtol=1e-3)
     assert pretrained.identity(half) != pretrained.identity(arrays)
     assert pretrained.identity(half) == pretrained.identity({"a": half["a"].astype("f4")})
+
+
+def test_half_precision_has_an_end(tmp_path):
+    (tmp_path / "large.safetensors").write_bytes(save({"a": np.float32([1e6])}))
+    with pytest.raises(ValueError, match="not finite in float16"):
+        pretrained.pack(tmp_path / "large.safetensors")
+
+
+def test_a_file_never_stands_in_for_a_name(named, monkeypatch):
+    """Not even one of that very name in the working directory; and files that are no weights say so."""
+    made, folder = named
+    monkeypatch.chdir(folder)
+    (folder / "test").write_bytes(save({"a": np.zeros(3)}))
+    assert set(pretrained.load("test", folder / "cache")) == set(made)
+    (folder / "broken.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="no safetensors file, or damaged"):
+        pretrained.load("broken.safetensors")
+    with pytest.raises(FileNotFoundError, match="there is no file of weights"):
+        pretrained.load("other.safetensors")

@@ -1,6 +1,8 @@
 """Public weights into a network: what begins where, what moves, what is refused, and what is on record."""
 
+import dataclasses
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ import tiny
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from dpnb import augment, data, features, results, sweep, training
+from dpnb import augment, data, features, results, sweep, training, verification
 from dpnb.models import WideResNet, functional, pretrained, transfer
 from dpnb.results import flatten
 from dpnb.update import make_model
@@ -130,19 +132,46 @@ def test_full_batches_of_features_train_with_every_example(public, tmp_path):
     assert 0 < record["privacy"]["epsilon_pld"] <= record["privacy"]["epsilon_rdp"]
 
 
+def train_public(folder, images, **changes):
+    """Weights trained without privacy on these images, as a path."""
+    e = tiny.experiment(**{**SCRATCH, "epsilon": float("inf"), "noise_multiplier": 0.0, **changes})
+    results.save(training.train(e, images, folder), images, folder)
+    return str(folder / "ema.safetensors")
+
+
+def named(name, **given):
+    return dataclasses.replace(tiny.data(**given), name=name)
+
+
 def test_weights_that_saw_the_private_images_are_refused(tmp_path):
-    """Before anything is spent; whether they are all trained or only read for features."""
-    images = tiny.data()
-    plain = tiny.experiment(**{**SCRATCH, "epsilon": float("inf"), "noise_multiplier": 0.0})
-    run = training.train(plain, images, tmp_path / "public")
-    results.save(run, images, tmp_path / "public")
-    path = str(tmp_path / "public" / "ema.safetensors")
-    with pytest.raises(ValueError, match="must not have seen the private data.*trained on random, as tiny"):
-        training.train(experiment(path), images, tmp_path / "private")
-    with pytest.raises(ValueError, match="must not have seen the private data"):
-        features.prepare(experiment(path, "classifier"), images)
+    """Before anything is spent: also held-out parts of them, and by way of another public set in between."""
+    private = named("flowers")
+    path = train_public(tmp_path / "public", private)
+    says = "must not have seen the private data .flowers.*trained on flowers, as tiny"
+    with pytest.raises(ValueError, match=says):
+        training.train(experiment(path), private, tmp_path / "private")
+    with pytest.raises(ValueError, match="must not have seen"):
+        features.prepare(experiment(path, "classifier"), private)
+    with pytest.raises(ValueError, match="must not have seen"):  # the same images under another name
+        training.train(experiment(path), dataclasses.replace(private, name="birds"), tmp_path / "private")
+    part = data.Split(private.train.images[:40], private.train.labels[:40])
+    with pytest.raises(ValueError, match="must not have seen"):
+        training.train(experiment(path), dataclasses.replace(private, train=part), tmp_path / "private")
+    washed = train_public(tmp_path / "washed", named("trees", seed=1), pretrained=path)
+    assert "before that flowers" in pretrained.saw(washed)
+    with pytest.raises(ValueError, match="must not have seen"):
+        training.train(experiment(washed), private, tmp_path / "private")
     assert not (tmp_path / "private" / "ledger.jsonl").exists()
-    training.train(experiment(path, steps=1), tiny.data(seed=1), tmp_path / "others")
+    training.train(experiment(path), named("birds", seed=1), tmp_path / "others")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "there"),
+    [("cifar10", "CIFAR-10", True), ("cifar10", "CIFAR-100", False), ("cifar100", "cifar_100 (all of it)", True),
+     ("tiny_imagenet32", "Tiny ImageNet 32, as pretrain/tiny", True), ("imagenet", "ImageNet at 32x32", False)],
+)  # fmt: skip
+def test_data_sets_are_known_by_name_however_spelt(name, text, there):
+    assert pretrained._names(name, text) == there
 
 
 SCRATCH = dict(network="wrn", depth=10, width=1, steps=1, augmult=0, eval_every=0, physical_batch_size=8)
@@ -177,3 +206,69 @@ def test_public_sets_of_other_sizes_load(tmp_path):
     split = data.Split(images, np.array([0, 1, 199]))
     data.save(data.Dataset("public", split, split, tuple(map(str, range(200)))), tmp_path / "p.npz")
     assert len(data.load("tiny_imagenet32", file=tmp_path / "p.npz").classes) == 200
+
+
+def test_the_record_says_what_the_run_began_with_whatever_became_of_the_file(public, tmp_path):
+    images, e = tiny.data(), experiment(public, steps=1)
+    run = training.train(e, images, tmp_path)
+    before = pretrained.used(e)
+    save_file(leaves(network(6, 7)), public)
+    assert results.save(run, images, tmp_path)["pretrained"] == before
+
+
+@pytest.mark.parametrize("trainable", ["all", "last-1", "classifier"])
+def test_verification_sees_other_weights(public, trainable, tmp_path):
+    images = tiny.data()
+    data.save(images, tmp_path / "images.npz")
+    e = experiment(public, trainable, steps=1)
+    prepared = features.prepare(e, images)
+    results.save(training.train(e, prepared, tmp_path), prepared, tmp_path)
+    report = verification.verify(tmp_path, data_file=tmp_path / "images.npz")
+    assert report.ok and report.complete, report.lines
+    save_file(leaves(network(6, 7)), public)
+    report = verification.verify(tmp_path, data_file=tmp_path / "images.npz")
+    assert not report.ok and any("FAIL began with the weights" in line for line in report.lines)
+    pathlib.Path(public).unlink()
+    report = verification.verify(tmp_path, data_file=tmp_path / "images.npz")
+    assert report.ok and not report.complete and "no file of weights" in report.lines[-1]
+
+
+def test_one_missing_file_fails_its_own_cell_only(public, tmp_path):
+    lines, images = [], tiny.data()
+    cells = [experiment("nowhere/w.safetensors", steps=1, name="a"), experiment(public, steps=1, name="b")]
+    swept = sweep.run(cells, images, tmp_path, say=lines.append)
+    assert [r["experiment"] for r in swept.records] == ["b"]
+    assert list(swept.failures) == ["a, seed 0"] and "no file of weights" in swept.failures["a, seed 0"]
+
+
+def test_a_model_of_ones_own_is_not_called_pretrained(public, tmp_path):
+    with pytest.raises(ValueError, match="begins and trains as it is"):
+        training.train(experiment(public), tiny.data(), tmp_path, model=network(0))
+    assert not (tmp_path / "ledger.jsonl").exists()
+
+
+def test_features_of_one_network_do_not_pass_for_those_of_another(public, tmp_path):
+    other = str(tmp_path / "other.safetensors")
+    save_file(leaves(network(6, 7)), other)
+    e, images = experiment(public, "classifier"), tiny.data()
+    prepared = features.prepare(e, images)
+    assert features.prepare(e, prepared) is prepared
+    for wrong, given in (
+        (experiment(other, "classifier"), prepared),
+        (experiment(public), prepared),
+        (e, images),
+    ):
+        with pytest.raises(ValueError, match="reads other features|trains on features, got images"):
+            training.train(wrong, given, tmp_path / "run")
+    with pytest.raises(ValueError, match="must say what they are made of"):
+        features.FeatureDataset("x", prepared.train, prepared.test, prepared.classes)
+    assert not (tmp_path / "run" / "ledger.jsonl").exists()
+
+
+def test_paths_may_be_paths_and_weights_must_be_finite(public, tmp_path):
+    e = experiment(pathlib.Path(public))
+    assert e.pretrained == public and e.fingerprint() == experiment(public).fingerprint()
+    bad = load_file(public)
+    bad["stem/bias"] = np.full_like(bad["stem/bias"], np.nan)
+    with pytest.raises(ValueError, match="must be finite"):
+        transfer.begin(network(0), bad)

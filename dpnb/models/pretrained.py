@@ -11,15 +11,17 @@ import argparse
 import dataclasses
 import hashlib
 import pathlib
+import re
 import sys
 import urllib.request
 
 import jax
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load as parse
 from safetensors.numpy import save as serialised
 
+from dpnb.data import Dataset
 from dpnb.experiments.experiment import Experiment
 from dpnb.files import write_whole
 from dpnb.models import conversion, nf_resnet, nfnet, unpickle
@@ -92,25 +94,30 @@ WEIGHTS = {
 }  # fmt: skip
 
 
-def load(name_or_path: str | pathlib.Path, cache: str | pathlib.Path = CACHE) -> Arrays:
+def load(name_or_path: str, cache: str | pathlib.Path = CACHE) -> Arrays:
     """The parameters of a public network, {"blocks/0/conv1/kernel": float32 array, ...}.
 
     Args:
-      name_or_path: a safetensors file of ours, or one of `WEIGHTS`.
+      name_or_path: one of `WEIGHTS`, or a safetensors file of ours.
       cache: where converted files of named weights are kept.
     Raises:
       KeyError: neither a file nor a name.
       ValueError: a named file is not the one on record, or no hash is on record for it (nothing is
-        trusted on first use).  OSError: offline.  The cache never keeps half a file or a wrong one.
+        trusted on first use); a local one is damaged.  OSError: offline, or no such file.
+        The cache never keeps half a file or a wrong one.
     """
-    path = pathlib.Path(name_or_path)
-    if path.is_file():
-        return parse(path.read_bytes())
-    if str(name_or_path) not in WEIGHTS:
-        raise KeyError(
-            f"weights are a safetensors file or one of {', '.join(WEIGHTS)}; got {str(name_or_path)!r}"
-        )
-    name, weights = str(name_or_path), WEIGHTS[str(name_or_path)]
+    return _parse(_content(str(name_or_path), cache), name_or_path)
+
+
+def _content(name: str, cache: str | pathlib.Path) -> bytes:
+    if name not in WEIGHTS:  # a name is never a file that happens to lie here
+        path = pathlib.Path(name).expanduser()
+        if path.is_file():
+            return path.read_bytes()
+        if path.suffix == ".safetensors" or len(path.parts) > 1:
+            raise FileNotFoundError(f"there is no file of weights {path}; pre-train or convert one first")
+        raise KeyError(f"weights are a safetensors file or one of {', '.join(WEIGHTS)}; got {name!r}")
+    weights = WEIGHTS[name]
     if not weights.url:
         file = OURS / f"{name}.safetensors"
         if not file.is_file():
@@ -119,7 +126,7 @@ def load(name_or_path: str | pathlib.Path, cache: str | pathlib.Path = CACHE) ->
             )
         content = file.read_bytes()
         _check(name, content, weights.sha256, OURS)
-        return parse(content)
+        return content
     if weights.sha256 is None:
         raise ValueError(
             f"{name}: no SHA-256 is on record, and nothing is trusted on first use; download {weights.url} "
@@ -129,17 +136,29 @@ def load(name_or_path: str | pathlib.Path, cache: str | pathlib.Path = CACHE) ->
     if kept.is_file():
         content = kept.read_bytes()
         _check(name, content, weights.sha256, kept)
-        return parse(content)
+        return content
     try:
         with urllib.request.urlopen(weights.url, timeout=60) as answer:
             published = answer.read()
     except OSError as error:
         raise OSError(f"{name}: {weights.url} cannot be reached ({error}); pass a local path") from error
-    content = serialised(convert(published, weights))
+    content = converted(published, name)
     _check(name, content, weights.sha256, weights.url)
     kept.parent.mkdir(parents=True, exist_ok=True)
     write_whole(kept, content)
-    return parse(content)
+    return content
+
+
+def _parse(content: bytes, source) -> Arrays:
+    try:
+        return parse(content)
+    except SafetensorError as error:
+        raise ValueError(f"{source} is no safetensors file, or damaged ({error})") from error
+
+
+def converted(published: str | pathlib.Path | bytes, name: str) -> bytes:
+    """The safetensors file of a published one (see `convert`), with what the network saw in it."""
+    return serialised(convert(published, WEIGHTS[name]), {"saw": WEIGHTS[name].saw})
 
 
 def identity(weights: Arrays) -> str:
@@ -153,35 +172,48 @@ def identity(weights: Arrays) -> str:
 
 def saw(name_or_path: str | pathlib.Path) -> str:
     """The public data behind these weights, in words; as far as the file itself says."""
-    if pathlib.Path(name_or_path).is_file():
-        with safe_open(name_or_path, "numpy") as file:
-            return (file.metadata() or {}).get("saw", "data that its file does not name")
-    return WEIGHTS[str(name_or_path)].saw
+    if str(name_or_path) in WEIGHTS:
+        return WEIGHTS[str(name_or_path)].saw
+    with safe_open(pathlib.Path(name_or_path).expanduser(), "numpy") as file:
+        return (file.metadata() or {}).get("saw", "data that its file does not name")
 
 
-def used(experiment: Experiment, unseen: str = "") -> dict[str, str] | None:
+def used(experiment: Experiment, private: Dataset | None = None) -> dict[str, str] | None:
     """Which public weights the experiment begins with, for its record; None for none.
 
     Args:
-      unseen: fingerprint of the private data, where they are about to be trained on.
+      private: what is about to be trained on.
     Raises:
-      ValueError: the weights say that they saw that very data: what they carry of it goes past
-        every clip and all noise, and no epsilon covers it.  Else as `load`.
+      ValueError: the weights say that they saw a data set of that name or fingerprint: what they carry
+        of it goes past every clip and all noise, and no epsilon covers it.  Else as `load`.
     """
     if not experiment.pretrained:
         return None
     content, seen = identity(load(experiment.pretrained)), saw(experiment.pretrained)
-    if unseen and unseen in seen:
+    if private is not None and (private.fingerprint in seen or _names(private.name, seen)):
         raise ValueError(
-            f"{experiment.name}: public weights must not have seen the private data, got "
+            f"{experiment.name}: public weights must not have seen the private data ({private.name}), got "
             f"{experiment.pretrained}, trained on {seen}; take others, or train from scratch"
         )
     return {"weights": pathlib.Path(experiment.pretrained).name, "sha256": content, "saw": seen}
 
 
+def _names(name: str, text: str) -> bool:
+    """Is a data set named in a text, however it is spelt?
+
+    >>> _names("cifar10", "CIFAR-10, as it was"), _names("cifar10", "CIFAR-100")
+    (True, False)
+    """
+    name, text = (re.sub(r"[-_ ]", "", x.lower()) for x in (name, re.sub(r"[,;(] *", " | ", text)))
+    return re.search(rf"(?<![a-z0-9]){re.escape(name)}(?![a-z0-9])", text) is not None
+
+
 def pack(path: str | pathlib.Path) -> bytes:
     """A safetensors file with the same parameters in float16, half the size, and what they saw."""
-    half = {name: array.astype(np.float16) for name, array in sorted(load(path).items())}
+    with np.errstate(over="ignore"):  # said below
+        half = {name: array.astype(np.float16) for name, array in sorted(load(path).items())}
+    if not all(np.isfinite(array).all() for array in half.values()):
+        raise ValueError(f"{path} has values that are not finite in float16, beyond 65504; keep it as it is")
     return serialised(half, {"saw": saw(path)})
 
 
@@ -255,7 +287,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "pack":
             content = pack(options.published)
         else:
-            content = serialised(convert(options.published, WEIGHTS[options.name]))
+            content = converted(options.published, options.name)
     except (OSError, KeyError, ValueError) as error:
         print(f"{options.published}: {error}", file=sys.stderr)
         return 2

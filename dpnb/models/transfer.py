@@ -38,6 +38,10 @@ def begin(model: WideResNet, weights: Arrays) -> None:
             f"the public weights must be this network's, but {name} should be {shapes.get(name, 'absent')}, "
             f"got {got} (and {len(wrong) - 1} more); set depth, width, norm and standardised as they were there"
         )
+    if not all(np.isfinite(array).all() for array in given.values()):
+        raise ValueError(
+            "the public weights must be finite, got NaN or infinity among them; train them again"
+        )
     for name, (module, leaf) in places.items():
         setattr(module, leaf, nnx.Param(jnp.asarray(given[name], jnp.float32)))
 
