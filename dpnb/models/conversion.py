@@ -203,7 +203,7 @@ def _channels_last(arrays: Arrays) -> Arrays:
         if name.endswith("/kernel"):
             linear = "/excite/" in name or name.startswith("linear/")
             array = array.reshape(array.shape[:2]).T if linear else array.transpose(2, 3, 1, 0)
-        made[name] = np.ascontiguousarray(array)
+        made[name] = np.array(array, order="C")
     for name in [n for n in made if n.endswith("/gain")]:
         kernel = made[name.removesuffix("gain") + "kernel"].astype(np.float64)
         fan_in, variance = kernel[..., 0].size, kernel.var((0, 1, 2))
