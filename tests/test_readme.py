@@ -2,16 +2,19 @@
 
 import pathlib
 
+import pytest
+
 from dpnb import cli, results
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def test_result_table_comes_from_the_records():
+@pytest.mark.parametrize("name", ["cifar10", "finetune"])
+def test_result_tables_come_from_the_records(name):
     document = (ROOT / "README.md").read_text()
-    table = results.table(cli.TABLES["cifar10"], results.load(ROOT / "results"))
-    fresh = results.insert(document, "cifar10", table)
-    assert fresh == document, "renew it: dpnb table cifar10 --write README.md"
+    table = results.table(cli.TABLES[name], results.load(ROOT / "results"))
+    fresh = results.insert(document, name, table)
+    assert fresh == document, f"renew it: dpnb table {name} --write README.md"
 
 
 def test_files_that_the_readme_names_exist():

@@ -64,6 +64,11 @@ _CENTRED = "2 x - 1 of pixels in [0, 1]; dpnb standardises instead, which the fi
 _IMAGENET = "mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225)"
 _STANDARD = "standardised as in dpnb.augment"
 WEIGHTS = {
+    "wrn-10-2-tiny-imagenet32": Weights(
+        "", "dpnb", "trained on ImageNet photographs: non-commercial research", "wrn-10-2", 200,
+        "Tiny ImageNet, averaged to 32x32", _STANDARD,
+        "c6bab11ca9e2a6ddce3a5ea846327c9527faa9d71e6c0698554e381b6629e8bb",
+    ),
     "wrn-40-4-cifar100": Weights(
         AUTHORS + "WRN_40_4_CIFAR100.dill", "haiku", _CC, "wrn-40-4", 100, "CIFAR-100", _STANDARD
     ),
