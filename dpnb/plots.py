@@ -123,7 +123,7 @@ def bars(
         known = [(p, reference[c]) for p, c in zip(places, frame["cell"], strict=True) if c in reference]
         axis.plot([v for _, v in known], [p for p, _ in known], "kD", label=whose)
     axis.set_yticks(places, frame["cell"])
-    axis.invert_yaxis()
+    axis.set_ylim(len(frame) - 0.4, -0.6)  # from above; also where the last has no bar
     right = np.nanmax([0, *(frame["ema"] + frame["ema_std"].fillna(0)), *(reference or {}).values()])
     axis.set(xlabel="test accuracy (%)", xlim=(0, 1.2 * right or 1))
     axis.set_title(f"{title}\n{results.scale(frame[frame['n'] > 0])}", fontsize=10)
