@@ -108,12 +108,16 @@ def changes(pairs: list[str]) -> dict:
     return made
 
 
+def several(options) -> bool:
+    """Is it more than one run that was asked for: seeds, or a pattern of names?"""
+    return bool(options.seeds) or any(c in options.name for c in "*?[")
+
+
 def run_sweep(options) -> int:
     """Every cell of a pattern, in this process: no notebooks, the same records."""
     from dpnb import data, results, sweep
 
-    several = options.seeds or any(c in options.name for c in "*?[")
-    if options.secret_seed and several:
+    if options.secret_seed and several(options):
         raise ValueError(
             "a sweep has published seeds, got --secret-seed; run one experiment at a time with it"
         )
@@ -142,8 +146,7 @@ def run_sweep(options) -> int:
 def run(options) -> int:
     from dpnb import sweep
 
-    one = not (options.seeds or any(c in options.name for c in "*?["))
-    if not one:
+    if several(options):
         return run_sweep(options)
     asked = changes(options.set)
     if experiments.get(options.name, options.preset, **asked).on_features or "/finetune/" in options.name:

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dpnb.privacy import SMALLEST_CLIP_NORM
+
 PyTree = Any
 FEW = 64  # examples whose gradients are added one by one on CPU
 
@@ -174,9 +176,9 @@ def clipped_grad(
     """
     if not clip_norm > 0:
         raise ValueError(f"clip_norm must be positive, got {clip_norm}")
-    if clip_norm < 1e-12:
+    if clip_norm < SMALLEST_CLIP_NORM:
         raise ValueError(
-            f"clip_norm must be at least 1e-12, got {clip_norm}: squares of smaller gradients are zero in "
+            f"clip_norm must be at least {SMALLEST_CLIP_NORM}, got {clip_norm}: squares of smaller gradients are zero in "
             "float32, and nothing would be clipped; scale the loss"
         )
     if rescale_to_unit_norm and math.isinf(clip_norm):

@@ -124,17 +124,19 @@ def _extracted(data: Dataset, network: str, experiment: Experiment) -> FeatureDa
     model = make_wide_resnet(experiment, len(data.classes), nnx.Rngs(0))
     check_independent(model, np.random.default_rng(0).normal(size=(3, *data.train.images.shape[1:])))
     transform = jax.jit(lambda images: model.features(normalise(images)).astype("float32"))
-    train, test = (extract(transform, split) for split in (data.train, data.test))
-    return FeatureDataset(data.name, train, test, data.classes, data.note, _identity(network, data), network)
+    return _features(data, network, transform)
 
 
 @functools.lru_cache(maxsize=1)
 def _scattered(data: Dataset) -> FeatureDataset:
     mean, std = scattering.standards(data.train.images.shape[1])
     transform = jax.jit(functools.partial(scattering.features, mean=mean, std=std))
+    return _features(data, SCATTERING, transform)
+
+
+def _features(data: Dataset, words: str, transform) -> FeatureDataset:
     train, test = (extract(transform, split) for split in (data.train, data.test))
-    identity = _identity(SCATTERING, data)
-    return FeatureDataset(data.name, train, test, data.classes, data.note, identity, SCATTERING)
+    return FeatureDataset(data.name, train, test, data.classes, data.note, _identity(words, data), words)
 
 
 def extract(transform, split: Split, batch_size: int = 500) -> FeatureSplit:

@@ -17,6 +17,7 @@ from typing import Any
 NEIGHBOURS = "add or remove one training example"
 PLD_INTERVAL = 1e-4  # discretisation of the privacy loss, as the paper's code has it since v0.2
 ACCOUNTANTS = ("pld", "rdp")
+SMALLEST_CLIP_NORM = 1e-12  # the squares of smaller gradients are zero in float32
 SAMPLERS = ("poisson", "shuffle")
 MOST_STEPS = 10_000_000  # where a search for the number of steps ends
 

@@ -92,7 +92,8 @@ def finished(e: Experiment, data: Dataset, records: list[dict[str, Any]]) -> dic
 
     With public weights it must have begun with these very ones.
     """
-    if not results.of(e, records):
+    same = results.of(e, records)
+    if not same:
         return None
     try:
         images, began = features.fingerprint(e, data), pretrained.used(e)
@@ -100,7 +101,7 @@ def finished(e: Experiment, data: Dataset, records: list[dict[str, Any]]) -> dic
         return None
     same = [
         r
-        for r in results.of(e, records)
+        for r in same
         if (r["seed"], r["data"]["fingerprint"], r.get("pretrained")) == (e.seed, images, began)
     ]
     return same[0] if same else None

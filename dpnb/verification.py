@@ -60,10 +60,7 @@ def verify(directory: str | pathlib.Path, *, data_dir=None, data_file=None) -> R
             checks.append((began == r["pretrained"]["sha256"], f"began with the weights {began[:16]}"))
         fingerprint = features.fingerprint(experiment, found)
     except (data.DataError, OSError, KeyError, ValueError) as error:
-        lines = [f"{'ok  ' if ok else 'FAIL'} {text}" for ok, text in checks]
-        lines.append(f"--   accuracy and data were not checked: {error}")
-        return Report(all(ok for ok, _ in checks), False, lines)
-    lines = [f"{'ok  ' if ok else 'FAIL'} {text}" for ok, text in checks]
+        return report(checks, f"--   accuracy and data were not checked: {error}")
     recorded = r["data"]["fingerprint"]
     same = fingerprint == recorded
     note = f" (of images with the note: {r['data']['note']})" if r["data"]["note"] and not same else ""
@@ -72,12 +69,16 @@ def verify(directory: str | pathlib.Path, *, data_dir=None, data_file=None) -> R
     params, apply = functional(make_model(experiment, len(found.classes), 0))
     accuracy = make_evaluate(apply)(unflatten(weights, params), found.test).accuracy
     close = abs(accuracy - r["accuracy"]["ema"]) <= 100 * 3 / len(found.test)  # ties may fall otherwise
-    more = [
-        (same, said + note),
-        (close, f"EMA accuracy {r['accuracy']['ema']:.2f} %, from the weights {accuracy:.2f} %"),
-    ]
-    lines += [f"{'ok  ' if ok else 'FAIL'} {text}" for ok, text in more]
-    return Report(all(ok for ok, _ in checks + more), True, lines)
+    checks.append((same, said + note))
+    said = f"EMA accuracy {r['accuracy']['ema']:.2f} %, from the weights {accuracy:.2f} %"
+    checks.append((close, said))
+    return report(checks)
+
+
+def report(checks: list[tuple[bool, str]], left_out: str = "") -> Report:
+    """Checks (does it agree, what was compared), and a line on what could not be checked, "" for nothing."""
+    lines = [f"{'ok  ' if ok else 'FAIL'} {text}" for ok, text in checks]
+    return Report(all(ok for ok, _ in checks), not left_out, lines + [left_out] * bool(left_out))
 
 
 def unflatten(arrays: dict[str, np.ndarray], like, prefix: str = ""):

@@ -6,10 +6,9 @@ import json
 import math
 import re
 
-from dpnb.privacy import ACCOUNTANTS, SAMPLERS, Mechanism
+from dpnb.privacy import ACCOUNTANTS, SAMPLERS, SMALLEST_CLIP_NORM, Mechanism
 
 NETWORKS = ("wrn", "scatter-linear")
-SMALLEST_CLIP = 1e-12  # the squares of smaller gradients are zero in float32
 SCHEDULES = ("constant", "cosine")
 # Fields younger than the first records: at these values they leave an experiment what it was.
 LATER = {"schedule": "constant", "pretrained": "", "trainable": "all"}
@@ -115,7 +114,11 @@ class Experiment:
         check(self.expected_batch_size > 0, "expected_batch_size must be positive", self.expected_batch_size)
         check(self.augmult >= 0, "augmult must be >= 0", self.augmult)
         check(self.clip_norm > 0, "clip_norm must be positive", self.clip_norm)
-        check(self.clip_norm >= SMALLEST_CLIP, f"clip_norm must be at least {SMALLEST_CLIP}", self.clip_norm)
+        check(
+            self.clip_norm >= SMALLEST_CLIP_NORM,
+            f"clip_norm must be at least {SMALLEST_CLIP_NORM}",
+            self.clip_norm,
+        )
         check(0 <= self.ema_decay < 1, "ema_decay must be in [0, 1)", self.ema_decay)
         rate = self.learning_rate
         check(math.isfinite(rate) and rate >= 0, "learning_rate must be finite and >= 0", rate)

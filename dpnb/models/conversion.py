@@ -98,21 +98,9 @@ def nfnet_from_haiku(params: Mapping[str, Arrays], depths: tuple[int, ...]) -> A
       ValueError: names are missing or left over.
     """
     leaves = Leaves({name.replace("~/", "").removeprefix("NFNet/"): layer for name, layer in params.items()})
-    for i in range(4):
-        leaves.take(f"stem/{i}", f"stem_conv{i}", **CONV)
-    first = {sum(depths[:stage]) for stage in range(len(depths))}
-    for i in range(sum(depths)):
-        ours, theirs = f"blocks/{i}", f"nf_block_{i}" if i else "nf_block"
-        for name in ("conv0", "conv1", "conv1b", "conv2"):
-            leaves.take(f"{ours}/{name}", f"{theirs}/{name}", **CONV)
-        if i in first:
-            leaves.take(f"{ours}/shortcut", f"{theirs}/conv_shortcut", **CONV)
-        leaves.take(f"{ours}/excite/squeeze", f"{theirs}/squeeze_excite/linear", **LINEAR)
-        leaves.take(f"{ours}/excite/excite", f"{theirs}/squeeze_excite/linear_1", **LINEAR)
-        leaves.take(ours, theirs, skip_gain="skip_gain")
-    leaves.take("final", "final_conv", **CONV)
-    leaves.take("linear", "linear", **LINEAR)
-    return leaves.finish(f"NFNet of {depths} blocks")
+    stem = [f"stem_conv{i}" for i in range(4)]
+    blocks = [f"nf_block_{i}" if i else "nf_block" for i in range(sum(depths))]
+    return _nfnet(leaves, depths, stem, blocks, _HAIKU_PARTS, "linear", CONV, LINEAR)
 
 
 def nfnet_from_timm(state: Arrays, depths: tuple[int, ...]) -> Arrays:
@@ -126,25 +114,41 @@ def nfnet_from_timm(state: Arrays, depths: tuple[int, ...]) -> Arrays:
     Raises:
       ValueError: names are missing or left over.
     """
-    leaves = _timm(state)
-    for i in range(4):
-        leaves.take(f"stem/{i}", f"stem.conv{i + 1}", **_TIMM_CONV)
-    for ours, theirs, first in _timm_blocks(depths):
-        for name, their_name in (
-            ("conv0", "conv1"),
-            ("conv1", "conv2"),
-            ("conv1b", "conv2b"),
-            ("conv2", "conv3"),
-        ):
-            leaves.take(f"{ours}/{name}", f"{theirs}.{their_name}", **_TIMM_CONV)
-        if first:
-            leaves.take(f"{ours}/shortcut", f"{theirs}.downsample.conv", **_TIMM_CONV)
-        leaves.take(f"{ours}/excite/squeeze", f"{theirs}.attn_last.fc1", **_TIMM_LINEAR)
-        leaves.take(f"{ours}/excite/excite", f"{theirs}.attn_last.fc2", **_TIMM_LINEAR)
-        leaves.take(ours, theirs, skip_gain="skipinit_gain")
-    leaves.take("final", "final_conv", **_TIMM_CONV)
-    leaves.take("linear", "head.fc", **_TIMM_LINEAR)
-    return _channels_last(leaves.finish(f"NFNet of {depths} blocks"))
+    stem = [f"stem.conv{i}" for i in range(1, 5)]
+    parts = _timm(state), depths, stem, _timm_blocks(depths), _TIMM_PARTS, "head.fc"
+    return _channels_last(_nfnet(*parts, _TIMM_CONV, _TIMM_LINEAR))
+
+
+_HAIKU_PARTS = {
+    "conv0": "/conv0", "conv1": "/conv1", "conv1b": "/conv1b", "conv2": "/conv2", "shortcut": "/conv_shortcut",
+    "excite/squeeze": "/squeeze_excite/linear", "excite/excite": "/squeeze_excite/linear_1", "skip_gain": "skip_gain",
+}  # fmt: skip
+_TIMM_PARTS = {
+    "conv0": ".conv1", "conv1": ".conv2", "conv1b": ".conv2b", "conv2": ".conv3", "shortcut": ".downsample.conv",
+    "excite/squeeze": ".attn_last.fc1", "excite/excite": ".attn_last.fc2", "skip_gain": "skipinit_gain",
+}  # fmt: skip
+
+
+def _nfnet(leaves: Leaves, depths, stem, blocks, parts, classifier: str, conv, linear) -> Arrays:
+    """Every part of an NFNet; `parts`: {our part of a block: what follows the block's name there}."""
+    for i, theirs in enumerate(stem):
+        leaves.take(f"stem/{i}", theirs, **conv)
+    first = _firsts(depths)
+    for i, theirs in enumerate(blocks):
+        ours = f"blocks/{i}"
+        for part in ("conv0", "conv1", "conv1b", "conv2", *(["shortcut"] if i in first else [])):
+            leaves.take(f"{ours}/{part}", theirs + parts[part], **conv)
+        for part in ("excite/squeeze", "excite/excite"):
+            leaves.take(f"{ours}/{part}", theirs + parts[part], **linear)
+        leaves.take(ours, theirs, skip_gain=parts["skip_gain"])
+    leaves.take("final", "final_conv", **conv)
+    leaves.take("linear", classifier, **linear)
+    return leaves.finish(f"NFNet of {depths} blocks")
+
+
+def _firsts(depths: tuple[int, ...]) -> set[int]:
+    """Numbers of the blocks that begin a stage, and project their shortcut."""
+    return {sum(depths[:stage]) for stage in range(len(depths))}
 
 
 def nf_resnet_from_timm(state: Arrays, depths: tuple[int, ...]) -> Arrays:
@@ -158,10 +162,12 @@ def nf_resnet_from_timm(state: Arrays, depths: tuple[int, ...]) -> Arrays:
     """
     leaves = _timm(state)
     leaves.take("stem", "stem.conv", **_TIMM_CONV)
-    for ours, theirs, first in _timm_blocks(depths):
+    first = _firsts(depths)
+    for number, theirs in enumerate(_timm_blocks(depths)):
+        ours = f"blocks/{number}"
         for i in range(3):
             leaves.take(f"{ours}/conv{i}", f"{theirs}.conv{i + 1}", **_TIMM_CONV)
-        if first:
+        if number in first:
             leaves.take(f"{ours}/shortcut", f"{theirs}.downsample.conv", **_TIMM_CONV)
         leaves.made[f"{ours}/skip_gain"] = np.ones((), np.float32)
     leaves.take("linear", "head.fc", **_TIMM_LINEAR)
@@ -183,13 +189,8 @@ def _timm(state: Arrays) -> Leaves:
     return Leaves(layers)
 
 
-def _timm_blocks(depths):
-    """(our name, timm's name, is it the first of its stage) of every block."""
-    number = 0
-    for stage, depth in enumerate(depths):
-        for block in range(depth):
-            yield f"blocks/{number}", f"stages.{stage}.{block}", block == 0
-            number += 1
+def _timm_blocks(depths: tuple[int, ...]) -> list[str]:
+    return [f"stages.{stage}.{block}" for stage, depth in enumerate(depths) for block in range(depth)]
 
 
 def _channels_last(arrays: Arrays) -> Arrays:

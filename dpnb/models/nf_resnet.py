@@ -2,7 +2,7 @@
 or views, and their variance is kept in hand by scaled activations and weights (paper, ImageNet)."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,23 @@ def expected_stds(depths: Sequence[int], alpha: float = 0.2) -> list[float]:
             made.append(std)
             std = ((1.0 if block == 0 else std) ** 2 + alpha**2) ** 0.5
     return made
+
+
+def layout(
+    cin: int, widths: Sequence[int], depths: Sequence[int], width: float, alpha: float
+) -> Iterator[tuple[int, int, int, float]]:
+    """(channels in, channels out, stride, beta) of every block; stages begin at strides 1, 2, 2, 2.
+
+    Args:
+      cin: channels behind the stem.
+      widths, depths: channels (to be multiplied by `width`) and blocks of each stage.
+    """
+    stds = iter(expected_stds(depths, alpha))
+    for stage, (channels, depth) in enumerate(zip(widths, depths, strict=True)):
+        for block in range(depth):
+            cout = int(channels * width)
+            yield cin, cout, 2 if stage and block == 0 else 1, 1 / next(stds)
+            cin = cout
 
 
 class Bottleneck(nnx.Module):
@@ -103,6 +120,18 @@ class StochasticDepth(nnx.Module):
         return jax.random.bernoulli(self.rngs.dropout(), 1 - self.rates[index], (batch,)).astype(jnp.float32)
 
 
+def through(blocks: nnx.List, x: jax.Array, drop: StochasticDepth, remat: bool) -> jax.Array:
+    """x behind all blocks, each recomputed in the backward pass where `remat` says so."""
+
+    def call(block, x, keep):
+        return block(x, keep)
+
+    call = nnx.remat(call) if remat else call
+    for i, block in enumerate(blocks):
+        x = call(block, x, drop(i, len(x)))
+    return x
+
+
 class NFResNet(nnx.Module):
     """NF-ResNet-50, -101, -152 or -200 (paper, section on ImageNet; pre-activation, bottleneck 1/4).
 
@@ -153,33 +182,22 @@ class NFResNet(nnx.Module):
         conv = functools.partial(Conv, padding="symmetric" if timm else "SAME", dtype=dtype, rngs=rngs)
         cin = int(64 * width)
         self.stem = conv(3, cin, 7, stride=2)
-        betas, blocks = [1 / std for std in expected_stds(depths, alpha)], []
-        for stage, (channels, n) in enumerate(zip(WIDTHS, depths, strict=True)):
-            channels = int(channels * width)
-            for i in range(n):
-                stride = 2 if stage and i == 0 else 1
-                block = Bottleneck(
-                    cin, channels, stride, betas[len(blocks)], alpha, skip_gain, timm, conv=conv
-                )
-                blocks.append(block)
-                cin = channels
-        self.blocks = nnx.List(blocks)
-        self.drop = StochasticDepth(stochastic_depth, len(blocks), rngs)
+        self.blocks = nnx.List(
+            [
+                Bottleneck(*shape, alpha, skip_gain, timm, conv=conv)
+                for shape in layout(cin, WIDTHS, depths, width, alpha)
+            ]
+        )
+        cin = int(WIDTHS[-1] * width)
+        self.drop = StochasticDepth(stochastic_depth, len(self.blocks), rngs)
         self.linear = nnx.Linear(cin, num_classes, kernel_init=nnx.initializers.normal(0.01), rngs=rngs)
         self.remat = remat
 
     def features(self, images: jax.Array) -> jax.Array:
         """Images float [batch, height, width, 3] -> what the classifier reads, [batch, 2048 width]."""
         x = nnx.max_pool(self.stem(images), (3, 3), (2, 2), self.padding)
-        call = nnx.remat(_call) if self.remat else _call
-        for i, block in enumerate(self.blocks):
-            x = call(block, x, self.drop(i, len(x)))
-        return scaled_relu(x).mean((1, 2))
+        return scaled_relu(through(self.blocks, x, self.drop, self.remat)).mean((1, 2))
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Images float [batch, height, width, 3] -> logits float32 [batch, num_classes]."""
         return self.linear(self.features(images).astype(self.linear.kernel[...].dtype))
-
-
-def _call(block, x, keep):
-    return block(x, keep)

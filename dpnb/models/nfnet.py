@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dpnb.models.layers import Conv, Dtype
-from dpnb.models.nf_resnet import StochasticDepth, _call, branch, expected_stds, pooled
+from dpnb.models.nf_resnet import StochasticDepth, branch, layout, pooled, through
 
 DEPTHS = {"F0": (1, 2, 6, 3), "F1": (2, 4, 12, 6), "F3": (4, 8, 24, 12)}
 SIZES = {"F0": (192, 256), "F1": (224, 320), "F3": (320, 416)}  # pixels in training, in evaluation
@@ -103,19 +103,15 @@ class NFNet(nnx.Module):
         stem = [int(c * width) for c in (16, 32, 64, 128)]
         sizes = zip([3, *stem[:-1]], stem, (2, 1, 1, 2), strict=True)
         self.stem = nnx.List([conv(cin, cout, 3, stride=stride) for cin, cout, stride in sizes])
-        betas, blocks, cin = [1 / std for std in expected_stds(depths, alpha)], [], stem[-1]
-        for stage, (channels, n) in enumerate(zip(WIDTHS, depths, strict=True)):
-            channels = int(channels * width)
-            for i in range(n):
-                stride, beta = 2 if stage and i == 0 else 1, betas[len(blocks)]
-                block = NFBlock(
-                    cin, channels, stride, beta, alpha, skip_gain, int(GROUP * width), conv=conv, rngs=rngs
-                )
-                blocks.append(block)
-                cin = channels
-        self.blocks = nnx.List(blocks)
+        self.blocks = nnx.List(
+            [
+                NFBlock(*shape, alpha, skip_gain, int(GROUP * width), conv=conv, rngs=rngs)
+                for shape in layout(stem[-1], WIDTHS, depths, width, alpha)
+            ]
+        )
+        cin = int(WIDTHS[-1] * width)
         self.final = conv(cin, 2 * cin, 1)
-        self.drop = StochasticDepth(stochastic_depth, len(blocks), rngs)
+        self.drop = StochasticDepth(stochastic_depth, len(self.blocks), rngs)
         self.linear = nnx.Linear(2 * cin, num_classes, kernel_init=nnx.initializers.normal(0.01), rngs=rngs)
         self.remat = remat
 
@@ -124,9 +120,7 @@ class NFNet(nnx.Module):
         x = self.stem[0](images)
         for conv in self.stem[1:]:
             x = conv(scaled_gelu(x))
-        call = nnx.remat(_call) if self.remat else _call
-        for i, block in enumerate(self.blocks):
-            x = call(block, x, self.drop(i, len(x)))
+        x = through(self.blocks, x, self.drop, self.remat)
         return scaled_gelu(self.final(x)).mean((1, 2))
 
     def __call__(self, images: jax.Array) -> jax.Array:

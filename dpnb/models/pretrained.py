@@ -25,8 +25,8 @@ from dpnb.data import Dataset
 from dpnb.experiments.experiment import Experiment
 from dpnb.files import write_whole
 from dpnb.models import conversion, nf_resnet, nfnet, unpickle
+from dpnb.models.conversion import Arrays
 
-Arrays = dict[str, np.ndarray]
 CACHE = pathlib.Path("~/.cache/dpnb/weights")
 OURS = pathlib.Path(__file__).parents[2] / "results" / "pretrained"  # of a source checkout
 AUTHORS = "https://storage.googleapis.com/dm_jax_privacy/models/"

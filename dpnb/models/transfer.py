@@ -4,9 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from dpnb.models.conversion import Arrays
 from dpnb.models.wide_resnet import WideResNet
-
-Arrays = dict[str, np.ndarray]
 
 
 class Frozen(nnx.Variable):
