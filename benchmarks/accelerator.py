@@ -191,7 +191,7 @@ class Bench:
             )
         )
         key, _ = step_keys(state.key, state.step)
-        self.row("augmentation", views, seconds(lambda: one(trainer.images[few], key), self.args.rounds))
+        self.row("augmentation", views, seconds(lambda: one(trainer.feed.images[few], key), self.args.rounds))
         took = seconds(lambda: trainer.update(state, trainer.zero()), self.args.rounds)
         self.say(what="noise, optimizer, EMA", ms=1e3 * took)
 

@@ -4,6 +4,8 @@ Under DP-SGD the K views of an example share one clipped gradient, so that augme
 no privacy: `dpnb.clipping.clipped_grad` takes the mean of the loss over them before it clips.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,15 +16,43 @@ MEAN = (0.49139968, 0.48215841, 0.44653091)
 STD = (0.24703223, 0.24348513, 0.26158784)
 
 PAD = 4  # pixels mirrored on every side before the crop
+ENLARGED = 1.2  # how much larger than its crop a photograph is
 
 
-def normalise(images) -> jax.Array:
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How images become what a network reads (paper, appendix on data, and its code).
+
+    mean, std: of each colour on the scale [0, 1].
+    crop: 0 where a view is the whole image moved by up to 4 pixels, beyond its mirrored edges; else views
+      are squares of that many pixels inside a larger image, whose sides are `enlarged`.
+    """
+
+    mean: tuple[float, float, float] = MEAN
+    std: tuple[float, float, float] = STD
+    crop: int = 0
+
+    @property
+    def enlarged(self) -> int:
+        """Pixels of a side before a random crop: 268 for 224."""
+        return int(self.crop * ENLARGED)
+
+
+SMALL_IMAGES = Recipe()
+
+
+def photographs(size: int) -> Recipe:
+    """Views of size x size pixels, standardised with the statistics that everybody uses for ImageNet."""
+    return Recipe((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), size)
+
+
+def normalise(images, recipe: Recipe = SMALL_IMAGES) -> jax.Array:
     """(x / 255 - mean) / std for each colour.
 
     Args:
       images: uint8 [..., h, w, 3], any number of leading axes.
     Returns:
-      float32 [..., h, w, 3], about -2 to 2.2.
+      float32 [..., h, w, 3], about -2 to 2.6.
     Raises:
       ValueError: not uint8 (so that nothing is normalised twice), or not three colours.
     """
@@ -32,25 +62,27 @@ def normalise(images) -> jax.Array:
             f"{images.dtype} {list(images.shape)}; normalise the raw images, once, in that layout"
         )
     shape = (1,) * (images.ndim - 1) + (3,)
-    mean, std = (jnp.asarray(c, jnp.float32).reshape(shape) for c in (MEAN, STD))
+    mean, std = (jnp.asarray(c, jnp.float32).reshape(shape) for c in (recipe.mean, recipe.std))
     return (jnp.asarray(images).astype(jnp.float32) / 255 - mean) / std
 
 
-def plain(inputs) -> jax.Array:
+def plain(inputs, recipe: Recipe = SMALL_IMAGES) -> jax.Array:
     """What a network reads where nothing is augmented: images normalised, float32 features as they are."""
-    return inputs if inputs.dtype == np.float32 else normalise(inputs)
+    return inputs if inputs.dtype == np.float32 else normalise(inputs, recipe)
 
 
-def denormalise(images) -> jax.Array:
+def denormalise(images, recipe: Recipe = SMALL_IMAGES) -> jax.Array:
     """The inverse of `normalise`, for pictures: float [..., h, w, 3] -> uint8, rounded."""
-    pixels = (images * jnp.asarray(STD, jnp.float32) + jnp.asarray(MEAN, jnp.float32)) * 255
+    mean, std = (jnp.asarray(c, jnp.float32) for c in (recipe.mean, recipe.std))
+    pixels = (images * std + mean) * 255
     return jnp.clip(jnp.round(pixels), 0, 255).astype(jnp.uint8)
 
 
-def views(key, image, augmult: int) -> jax.Array:
+def views(key, image, augmult: int, recipe: Recipe = SMALL_IMAGES) -> jax.Array:
     """K independent random views of one image, normalised (paper, section 3.2 and its code).
 
-    A view is the image padded by 4 mirrored pixels on every side (edge row included, numpy's
+    A view of a photograph (`recipe.crop`) is a random square of that size, mirrored left-right with
+    probability 1/2.  Otherwise a view is the image padded by 4 mirrored pixels on every side (edge row included, numpy's
     "symmetric"), mirrored left-right with probability 1/2 and cropped to its own size at one
     of the 9 x 9 positions, all equally likely.  Flipping before the crop instead of after it
     gives the same distribution, and normalising last the same numbers as normalising first.
@@ -61,7 +93,7 @@ def views(key, image, augmult: int) -> jax.Array:
       image: uint8 [h, w, 3]; with K = 0 also float32 features of any shape.
       augmult: K, static.  0 is the plain input (as in evaluation), 1 ordinary augmentation.
     Returns:
-      float32 [max(K, 1), h, w, 3].
+      float32 [max(K, 1), h, w, 3], or [..., crop, crop, 3].
     Raises:
       ValueError: negative K, or an image of another shape or dtype.
 
@@ -72,18 +104,22 @@ def views(key, image, augmult: int) -> jax.Array:
     if augmult < 0:
         raise ValueError(f"augmult must be 0 (no augmentation) or the number of views, got {augmult}")
     if augmult == 0:
-        return plain(image)[None]
+        return plain(image, recipe)[None]
     if image.ndim != 3:
         raise ValueError(f"image must be one image [h, w, 3], got {list(image.shape)}; vmap over examples")
+    if recipe.crop:
+        whole, (h, w) = jnp.asarray(image), (recipe.crop, recipe.crop)
+    else:
+        whole, (h, w) = jnp.pad(image, ((PAD, PAD), (PAD, PAD), (0, 0)), mode="symmetric"), image.shape[:2]
+    room = whole.shape[0] - h + 1  # the same on both axes: photographs are squares
     offset_key, flip_key = jax.random.split(key)
-    offsets = jax.random.randint(offset_key, (augmult, 2), 0, 2 * PAD + 1)
+    offsets = jax.random.randint(offset_key, (augmult, 2), 0, room)
     flips = jax.random.bernoulli(flip_key, shape=(augmult,)).astype(jnp.int32)
-    padded = jnp.pad(jnp.asarray(image), ((PAD, PAD), (PAD, PAD), (0, 0)), mode="symmetric")
-    both = jnp.stack([padded, padded[:, ::-1]])  # [flipped?, h + 8, w + 8, 3]
+    both = jnp.stack([whole, whole[:, ::-1]])  # [flipped?, height, width, 3]
 
     def crop(flip, offset):
         # One contiguous copy for each view: faster than index arrays or a select after the crop.
         start = (flip, offset[0], offset[1], 0)
-        return jax.lax.dynamic_slice(both, start, (1, *image.shape))[0]
+        return jax.lax.dynamic_slice(both, start, (1, h, w, 3))[0]
 
-    return normalise(jax.vmap(crop)(flips, offsets))
+    return normalise(jax.vmap(crop)(flips, offsets), recipe)

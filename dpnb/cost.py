@@ -5,11 +5,10 @@ import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dpnb.data import Dataset
 from dpnb.experiments.experiment import Experiment
-from dpnb.update import Trainer, call_size, inputs, make_trainer, step_keys
+from dpnb.update import Trainer, call_size, make_trainer, step_keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +67,7 @@ def predict(experiment: Experiment, data: Dataset, repeats: int = 3) -> Cost:
 
 def flops_per_view(trainer, data: Dataset) -> float:
     """Forward and backward of one image, as XLA counts them before optimisation."""
-    image = jnp.zeros((1, *data.train.images.shape[1:]))
+    image = jnp.zeros((1, *data.shape))
 
     def loss(params):
         return jnp.square(trainer.apply(params, image)).sum()
@@ -110,7 +109,7 @@ def _footprint(trainer: Trainer, size: int) -> int:
 def _masked_batch(trainer: Trainer, size: int) -> tuple:
     n = size * trainer.mesh.devices.size
     key, _ = step_keys(trainer.state.key, trainer.state.step)
-    return inputs(trainer, trainer.state, trainer.zero(), np.zeros(n, np.int32), np.zeros(n, bool), key)
+    return trainer.state.params, trainer.zero(), *trainer.feed.blank(n), key
 
 
 def free_memory(device: jax.Device) -> int:

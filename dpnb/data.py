@@ -14,8 +14,11 @@ import hashlib
 import os
 import pathlib
 import zipfile
+from collections.abc import Iterator
 
 import numpy as np
+
+from dpnb import augment
 
 CIFAR10_CLASSES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
@@ -64,8 +67,18 @@ class Split:
         """The first n images (all, where there are fewer)."""
         return Split(self.images[:n], self.labels[:n])
 
+    def batches(self, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """All images in order: (images [size or fewer, h, w, 3], labels)."""
+        return in_batches(self, size)
+
     def __repr__(self) -> str:
         return f"Split(uint8 {list(self.images.shape)})"
+
+
+def in_batches(split, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """`split.images` and `split.labels`, `size` rows (at the end fewer) at a time."""
+    for start in range(0, len(split), size):
+        yield split.images[start : start + size], split.labels[start : start + size]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,6 +93,7 @@ class Dataset:
     test: Split
     classes: tuple[str, ...]
     note: str = ""
+    lowest_label = 0  # no field
 
     def __post_init__(self):
         object.__setattr__(self, "classes", tuple(map(str, self.classes)))
@@ -90,11 +104,21 @@ class Dataset:
             )
         for which, split in (("train", self.train), ("test", self.test)):
             low, high = split.labels.min(), split.labels.max()
-            if low < 0 or high >= len(self.classes):
+            if low < self.lowest_label or high >= len(self.classes):
                 raise DataError(
                     f"labels must be 0 to {len(self.classes) - 1} (one name in `classes` each), "
                     f"got {low} to {high} in the {which} split of {self.name}; do labels start at 1?"
                 )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what a network reads: [h, w, 3]."""
+        return self.train.images.shape[1:]
+
+    @property
+    def recipe(self) -> augment.Recipe:
+        """How images become what a network reads."""
+        return augment.SMALL_IMAGES
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -107,8 +131,10 @@ class Dataset:
         return digest.hexdigest()
 
 
-def load(name: str, *, data_dir=None, file=None, validation: int = 0, note: str = "") -> Dataset:
-    """A data set in memory.
+def load(
+    name: str, *, data_dir=None, file=None, validation: int = 0, note: str = "", image_size: int = 0
+) -> Dataset:
+    """A data set in memory, or (`image_size`) photographs that stay on disk.
 
     Args:
       name: "cifar10", "cifar100" or any TFDS data set of small images of one size that is prepared
@@ -120,9 +146,16 @@ def load(name: str, *, data_dir=None, file=None, validation: int = 0, note: str 
       validation: hold out the last so many training images and report on them instead of the
         test images, which are then not touched (the paper tuned with 5,000 of CIFAR's 50,000).
       note: caveat about the data, added to that of the file.
+      image_size: pixels of a view's side: photographs of any size, see `dpnb.photographs.load`.
     Raises:
       DataError: unknown name, data missing or malformed, packages missing; says what to run.
     """
+    if image_size:
+        from dpnb import photographs
+
+        if file is not None:
+            raise DataError(f"photographs stay on disk and come from data_dir, got the array file {file}")
+        return photographs.load(name, image_size, data_dir=data_dir, validation=validation, note=note)
     if file is not None:
         data = _load_file(name, pathlib.Path(file).expanduser())
     elif name == "digits":
@@ -232,7 +265,12 @@ def command(name: str, data_dir) -> str:
     return f"python -m dpnb.data {name}" + (f" --data-dir {data_dir}" if data_dir is not None else "")
 
 
-def _load_tfds(name: str, data_dir) -> Dataset:
+def prepared(name: str, data_dir):
+    """The TFDS builder of a data set that is prepared with random access.
+
+    Raises:
+      DataError: TFDS is missing, or nothing of that name is prepared so; says what to run.
+    """
     tfds = tfds_or_error()
     try:
         builder = tfds.builder(name, data_dir=None if data_dir is None else os.path.expanduser(data_dir))
@@ -247,14 +285,22 @@ def _load_tfds(name: str, data_dir) -> Dataset:
         raise DataError(f"{name} is not prepared in {where}; run: {command(name, data_dir)}")
     if tfds.core.FileFormat.ARRAY_RECORD not in builder.info.available_file_formats():
         raise DataError(
-            f"{where} holds {name} in a format that only TensorFlow reads; prepare it in another "
-            f"directory, as array_record: {command(name, 'DIR')}"
+            f"{where} holds {name} in a format that only TensorFlow reads, without random access; prepare it "
+            f"in another directory, as array_record: {command(name, 'DIR')}"
         )
+    return builder
 
+
+def _load_tfds(name: str, data_dir) -> Dataset:
+    builder = prepared(name, data_dir)
+    where = pathlib.Path(builder.data_path)
     known = dict(builder.info.features.items())
     shape = known["image"].shape if "image" in known else [None]
     if None in shape or "label" not in known:
-        raise DataError(f"{name} must have an image of one size and a label, got {list(known.items())}")
+        raise DataError(
+            f"{name} must have an image of one size and a label, got {list(known.items())}; photographs of "
+            "any size are read with image_size"
+        )
     report = next((s for s in ("test", "validation", "val") if s in builder.info.splits), None)
     if report is None or "train" not in builder.info.splits:
         raise DataError(

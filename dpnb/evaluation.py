@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dpnb.augment import plain
+from dpnb.augment import SMALL_IMAGES, Recipe, plain
 from dpnb.data import Split
 
 
@@ -20,34 +20,35 @@ class Evaluation(NamedTuple):
     predictions: np.ndarray
 
 
-def make_evaluate(apply: Callable[[Any, jax.Array], jax.Array], batch_size: int = 250) -> Callable:
+def make_evaluate(
+    apply: Callable[[Any, jax.Array], jax.Array], batch_size: int = 250, recipe: Recipe = SMALL_IMAGES
+) -> Callable:
     """A function `(params, split) -> Evaluation`, compiled once for one batch size.
 
     Args:
       apply: `(params, inputs float [batch, ...]) -> logits [batch, classes]`.
+      recipe: how the images of the split become inputs, `Dataset.recipe`.
+    A photograph that cannot be read (label -1) counts as classified wrongly, and in no loss.
     """
 
     @jax.jit
     def forward(params, images, labels):
-        logits = apply(params, plain(images)).astype(jnp.float32)
+        logits = apply(params, plain(images, recipe)).astype(jnp.float32)
+        labels = jnp.maximum(labels, 0)
         return logits.argmax(-1), optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
     def evaluate(params, split: Split) -> Evaluation:
         params = jax.tree.map(local, params)
-        predictions, losses = [], []
-        for start in range(0, len(split.labels), batch_size):
-            images, labels = (
-                split.images[start : start + batch_size],
-                split.labels[start : start + batch_size],
-            )
+        predictions, losses, right = [], [], []
+        for images, labels in split.batches(batch_size):
             padding = batch_size - len(labels)  # one static size, so one compilation
             images = np.pad(images, [(0, padding)] + [(0, 0)] * (images.ndim - 1))
             guess, loss = forward(params, images, np.pad(labels, (0, padding)).astype(np.int32))
             predictions.append(np.asarray(guess[: len(labels)], np.int32))
-            losses.append(np.asarray(loss[: len(labels)]))
-        predictions = np.concatenate(predictions)
-        accuracy = 100 * float(np.mean(predictions == split.labels))
-        return Evaluation(accuracy, float(np.mean(np.concatenate(losses))), predictions)
+            losses.append(np.asarray(loss[: len(labels)])[labels >= 0])
+            right.append(predictions[-1] == labels)
+        accuracy = 100 * float(np.mean(np.concatenate(right)))
+        return Evaluation(accuracy, float(np.mean(np.concatenate(losses))), np.concatenate(predictions))
 
     return evaluate
 

@@ -6,17 +6,18 @@ Scattering coefficients, or what a public network gives its classifier.
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 from flax import nnx
 
 from dpnb.augment import normalise
-from dpnb.data import Dataset, Split
+from dpnb.data import Dataset, in_batches
 from dpnb.experiments.experiment import Experiment
 from dpnb.models import pretrained, scattering
 from dpnb.models.checks import check_independent
-from dpnb.update import make_wide_resnet
+from dpnb.update import make_network
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -33,6 +34,10 @@ class FeatureSplit:
         """The first n rows (all, where there are fewer)."""
         return FeatureSplit(self.images[:n], self.labels[:n])
 
+    def batches(self, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """All rows in order: (features [size or fewer, ...], labels)."""
+        return in_batches(self, size)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FeatureDataset(Dataset):
@@ -44,6 +49,8 @@ class FeatureDataset(Dataset):
 
     identity: str = ""
     transform: str = ""
+
+    lowest_label = -1  # of an image that could not be read
 
     def __post_init__(self):
         super().__post_init__()
@@ -76,7 +83,7 @@ def prepare(experiment: Experiment, data: Dataset) -> Dataset:
     pretrained.used(experiment, data)
     # Only what decides about the features is given on, so that experiments share them.
     like = Experiment("features", pretrained=experiment.pretrained)
-    like = like.replace(**{name: getattr(experiment, name) for name in SHAPE})
+    like = like.replace(**_shape(experiment))
     return _extracted(data, _network(experiment), like)
 
 
@@ -111,43 +118,54 @@ def _identity(words: str, data: Dataset) -> str:
 
 SCATTERING = "log scattering J=2 L=8, standardised by random images and image"
 SHAPE = ("depth", "width", "norm", "standardised", "relu_first", "compute_dtype")
+NORMALISER_FREE = ("network", "depth", "width", "compute_dtype")
+
+
+def _shape(e: Experiment) -> dict:
+    """What decides about the network's features, its weights apart."""
+    return {name: getattr(e, name) for name in (SHAPE if e.network == "wrn" else NORMALISER_FREE)}
 
 
 def _network(e: Experiment) -> str:
     weights = pretrained.identity(pretrained.load(e.pretrained))
-    settings = {name: getattr(e, name) for name in SHAPE}
-    return f"what the classifier reads in a Wide-ResNet of {settings} with the weights {weights}"
+    name = "Wide-ResNet" if e.network == "wrn" else "normaliser-free network"
+    return f"what the classifier reads in a {name} of {_shape(e)} with the weights {weights}"
 
 
 @functools.lru_cache(maxsize=1)
 def _extracted(data: Dataset, network: str, experiment: Experiment) -> FeatureDataset:
-    model = make_wide_resnet(experiment, len(data.classes), nnx.Rngs(0))
-    check_independent(model, np.random.default_rng(0).normal(size=(3, *data.train.images.shape[1:])))
-    transform = jax.jit(lambda images: model.features(normalise(images)).astype("float32"))
-    return _features(data, network, transform)
+    model = make_network(experiment, len(data.classes), nnx.Rngs(0))
+    check_independent(model, np.random.default_rng(0).normal(size=(3, *data.shape)))
+    transform = jax.jit(lambda images: model.features(normalise(images, data.recipe)).astype("float32"))
+    return _features(data, network, transform, 500 if experiment.network == "wrn" else 32)
 
 
 @functools.lru_cache(maxsize=1)
 def _scattered(data: Dataset) -> FeatureDataset:
-    mean, std = scattering.standards(data.train.images.shape[1])
+    mean, std = scattering.standards(data.shape[0])
     transform = jax.jit(functools.partial(scattering.features, mean=mean, std=std))
     return _features(data, SCATTERING, transform)
 
 
-def _features(data: Dataset, words: str, transform) -> FeatureDataset:
-    train, test = (extract(transform, split) for split in (data.train, data.test))
+def _features(data: Dataset, words: str, transform, batch_size: int = 500) -> FeatureDataset:
+    train, test = (extract(transform, split, batch_size) for split in (data.train, data.test))
     return FeatureDataset(data.name, train, test, data.classes, data.note, _identity(words, data), words)
 
 
-def extract(transform, split: Split, batch_size: int = 500) -> FeatureSplit:
-    """`transform` (uint8 [batch, h, w, 3] -> float32 [batch, ...]) of every image."""
-    rows = None
-    for start in range(0, len(split), batch_size):
-        images = split.images[start : start + batch_size]
+def extract(transform, split, batch_size: int = 500) -> FeatureSplit:
+    """`transform` (uint8 [batch, h, w, 3] -> float32 [batch, ...]) of every image.
+
+    A photograph that cannot be read has the label -1, and will count as a zero gradient.
+    """
+    rows, found, start = None, np.empty(len(split), np.int32), 0
+    for images, labels in split.batches(batch_size):
         padding = [(0, batch_size - len(images))] + [(0, 0)] * (images.ndim - 1)  # one compilation
         made = np.asarray(transform(np.pad(images, padding)))[: len(images)]
         if rows is None:
             rows = np.empty((len(split), *made.shape[1:]), np.float32)
         rows[start : start + len(images)] = made
-    rows.flags.writeable = False
-    return FeatureSplit(rows, split.labels)
+        found[start : start + len(images)] = labels
+        start += len(images)
+    for array in (rows, found):
+        array.flags.writeable = False
+    return FeatureSplit(rows, found)

@@ -128,7 +128,7 @@ def train(
         features.check(experiment, data)
     else:
         check_own_model(experiment)
-    custom = computation(model, optimizer, data.train.images.shape[1:])
+    custom = computation(model, optimizer, data.shape)
     public = pretrained.used(experiment, data)
     origin = {"public": public["sha256"]} if public else {}
     fingerprint = experiment.fingerprint(data=data.fingerprint, custom=custom, **origin)
@@ -159,7 +159,7 @@ def train(
     journal = directory / "ledger.jsonl" if jax.process_index() == 0 else None
     start = int(state.step)
     allowed = {mechanism: allowed_steps} if allowed_steps else None
-    evaluate, stopped, saved = make_evaluate(trainer.apply), "", time.monotonic()
+    evaluate, stopped, saved = make_evaluate(trainer.apply, recipe=data.recipe), "", time.monotonic()
 
     def save():
         notes = {"history": history, "events": ledger.events(), "lineage": line}
@@ -270,6 +270,7 @@ def curve_point(step: int, seen: Seen, epsilon: float) -> dict[str, Any]:
         "mean_norm": seen.norm / n,
         "clipped_fraction": seen.clipped / n,
         "nonfinite": int(seen.nonfinite),
+        "unreadable": int(seen.unreadable),
     }
 
 
@@ -295,5 +296,5 @@ def epsilon_spent(mechanism: privacy.Mechanism, experiment: Experiment) -> Calla
 
 def noise_images(data: Dataset, n: int = 4) -> np.ndarray:
     """Random images of the data's shape, float32 [n, h, w, c]: no training data is touched."""
-    shape = (n, *data.train.images.shape[1:])
+    shape = (n, *data.shape)
     return np.random.default_rng(0).normal(size=shape).astype(np.float32)

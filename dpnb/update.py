@@ -21,7 +21,8 @@ from dpnb import augment, sampling
 from dpnb.clipping import ClippedGrad, clipped_grad
 from dpnb.data import Dataset
 from dpnb.experiments.experiment import Experiment
-from dpnb.models import ScatterLinear, WideResNet, functional, pretrained, transfer
+from dpnb.feeding import Resident, Streamed, make_feed, put_everywhere
+from dpnb.models import NFNet, NFResNet, ScatterLinear, WideResNet, functional, pretrained, transfer
 from dpnb.models.wide_resnet import norm_then_relu, relu_then_norm
 from dpnb.noise import add_noise
 
@@ -49,7 +50,8 @@ class Seen(NamedTuple):
     """Sums over a logical batch that are NOT private: never released, only shown.
 
     All float32: examples, loss, fraction of views classified rightly, gradient norm before
-    clipping (finite ones), examples that were clipped, examples with a non-finite gradient.
+    clipping (finite ones), examples that were clipped, examples with a non-finite gradient, and
+    those whose image could not be read.
     """
 
     examples: jax.Array
@@ -58,6 +60,7 @@ class Seen(NamedTuple):
     norm: jax.Array
     clipped: jax.Array
     nonfinite: jax.Array
+    unreadable: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +73,7 @@ class Trainer:
     grad: ClippedGrad
     mesh: jax.sharding.Mesh
     state: State  # before the first update
-    images: jax.Array  # uint8 [n, h, w, c] on every device
-    labels: jax.Array  # int32 [n]
+    feed: Resident | Streamed  # of the training images
     physical_batch_size: int  # examples, over all devices
     zero: Callable  # () -> Totals
     accumulate: Callable  # (params, totals, images, labels, indices, mask, key) -> Totals
@@ -98,16 +100,45 @@ def make_model(experiment: Experiment, num_classes: int, seed: int) -> nnx.Modul
     if experiment.network == "scatter-linear":
         return ScatterLinear(num_classes)
     if experiment.trainable == "classifier":
-        return ScatterLinear(num_classes, (64 * experiment.width,))
+        return ScatterLinear(num_classes, (feature_size(experiment),))
     rngs = nnx.Rngs(params=jax.random.fold_in(jax.random.wrap_key_data(root_key(seed)), 2**31))
-    model = make_wide_resnet(experiment, num_classes, rngs)
+    model = make_network(experiment, num_classes, rngs)
     transfer.freeze(model, experiment.trainable)
     return model
 
 
+def feature_size(experiment: Experiment) -> int:
+    """Numbers that the classifier reads from one image."""
+    network = experiment.network.partition("-")[0]
+    return int({"wrn": 64, "nf": 2048, "nfnet": 3072}[network] * experiment.width)
+
+
+def make_network(experiment: Experiment, num_classes: int, rngs: nnx.Rngs) -> nnx.Module:
+    """The experiment's whole network, with the public weights that it begins with, if any."""
+    make = make_wide_resnet if experiment.network == "wrn" else make_normaliser_free
+    model = make(experiment, num_classes, rngs)
+    if experiment.pretrained:
+        transfer.begin(model, pretrained.load(experiment.pretrained))
+    return model
+
+
+def make_normaliser_free(experiment: Experiment, num_classes: int, rngs: nnx.Rngs) -> NFResNet | NFNet:
+    """An NF-ResNet whose branches begin with gain 1 (paper, ImageNet from scratch), or an NFNet.
+
+    No stochastic depth: it would be the same in every update.
+    """
+    e = experiment
+    dtype = None if e.compute_dtype == "float32" else e.compute_dtype
+    common = dict(width=e.width, remat=e.remat, dtype=dtype, rngs=rngs)
+    if e.network.startswith("nfnet"):
+        return NFNet(e.network[-2:].upper(), num_classes, **common)
+    by = "timm" if e.network.endswith("timm") else "deepmind"
+    return NFResNet(e.depth, num_classes, published_by=by, **common)
+
+
 def make_wide_resnet(experiment: Experiment, num_classes: int, rngs: nnx.Rngs) -> WideResNet:
-    """The experiment's whole Wide-ResNet, with the public weights that it begins with, if any."""
-    model = WideResNet(
+    """The experiment's Wide-ResNet with random parameters."""
+    return WideResNet(
         experiment.depth,
         experiment.width,
         num_classes,
@@ -117,9 +148,6 @@ def make_wide_resnet(experiment: Experiment, num_classes: int, rngs: nnx.Rngs) -
         dtype=None if experiment.compute_dtype == "float32" else experiment.compute_dtype,
         rngs=rngs,
     )
-    if experiment.pretrained:
-        transfer.begin(model, pretrained.load(experiment.pretrained))
-    return model
 
 
 def make_optimizer(experiment: Experiment) -> optax.GradientTransformation:
@@ -157,7 +185,7 @@ def make_trainer(
 
     Args:
       experiment: with `noise_multiplier` and `steps` known (see `dpnb.training.calibrated`).
-      data: uint8 images; they are copied to every device.
+      data: uint8 images, which are copied to every device, or photographs, which are read as needed.
       seed: of sampling, augmentation, noise and initial parameters. Releases of two experiments
         must not share it (`train` derives one from the seed and the experiment).
       model: any NNX model of images [batch, h, w, c] -> logits (default: the experiment's).
@@ -165,9 +193,8 @@ def make_trainer(
       devices: default all devices of all processes, as a one-dimensional mesh.
       physical_batch_size: examples per device and call; default `call_size(experiment)`.
     """
-    n, devices = len(data.train.labels), devices or jax.devices()
+    n, devices = len(data.train), devices or jax.devices()
     mesh = jax.sharding.Mesh(np.array(devices), ("data",))
-    everywhere = NamedSharding(mesh, PartitionSpec())
     params, apply = functional(make_model(experiment, len(data.classes), seed) if model is None else model)
     optimizer = optimizer or make_optimizer(experiment)
     rescale = math.isfinite(experiment.clip_norm)
@@ -187,19 +214,18 @@ def make_trainer(
         sampler = sampling.Shuffle(n, experiment.expected_batch_size, seed)
     zero = jnp.zeros((), jnp.int32)
     state = State(zero, params, params, optimizer.init(params), root_key(seed))
-    put = functools.partial(put_everywhere, sharding=everywhere)
+    feed = make_feed(data, experiment.augmult, mesh)
     return Trainer(
         experiment=experiment,
         sampler=sampler,
         apply=apply,
         grad=grad,
         mesh=mesh,
-        state=jax.tree.map(put, state),
-        images=put(data.train.images),
-        labels=put(data.train.labels),
+        state=jax.tree.map(functools.partial(put_everywhere, mesh=mesh), state),
+        feed=feed,
         physical_batch_size=physical * len(devices),
         zero=make_zero(jax.eval_shape(lambda: params), mesh),
-        accumulate=make_accumulate(grad, experiment.augmult, mesh),
+        accumulate=make_accumulate(grad, experiment.augmult, mesh, data.recipe, feed.resident),
         update=make_update(experiment, grad.sensitivity, optimizer, mesh),
     )
 
@@ -214,37 +240,42 @@ def call_size(experiment: Experiment) -> int:
     return experiment.physical_batch_size or max(2, 32 // max(experiment.augmult, 1))
 
 
-def put_everywhere(x, sharding: NamedSharding) -> jax.Array:
-    """The same array on every device of every process."""
-    x = np.asarray(x)
-    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+def make_accumulate(
+    grad: ClippedGrad, augmult: int, mesh: jax.sharding.Mesh, recipe: augment.Recipe, resident: bool
+) -> Callable:
+    """One physical batch: every device adds its clipped gradients to its own partial sum.
 
-
-def make_accumulate(grad: ClippedGrad, augmult: int, mesh: jax.sharding.Mesh) -> Callable:
-    """One physical batch: every device adds its clipped gradients to its own partial sum."""
+    Images and labels are the whole data set, or those of the batch alone, see `dpnb.feeding`.
+    """
+    make_views = functools.partial(augment.views, augmult=augmult, recipe=recipe)
 
     def local(params, totals, images, labels, indices, mask, key):
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)  # by example, not by place
-        views = jax.vmap(augment.views, (0, 0, None))(keys, images[indices], augmult)
+        if resident:
+            images, labels = images[indices], labels[indices]
+        readable = labels >= 0  # the gradient of an image that cannot be read is zero
         mine = jax.tree.map(lambda t: t[0], totals)
-        gradient, info = grad(params, (views, labels[indices]), mask, mine.gradient)
+        examples = jax.vmap(make_views)(keys, images), jnp.maximum(labels, 0)
+        gradient, info = grad(params, examples, mask & readable, mine.gradient)
         finite = jnp.isfinite(info.norms)
         new = Seen(
             examples=mask,
             loss=jnp.where(jnp.isfinite(info.losses), info.losses, 0),
-            right=info.aux * mask,
+            right=info.aux * (mask & readable),
             norm=jnp.where(finite, info.norms, 0),
             clipped=finite & (info.norms > grad.clip_norm),
             nonfinite=~finite,
+            unreadable=mask & ~readable,
         )
         seen = jax.tree.map(lambda total, x: total + x.astype(jnp.float32).sum(), mine.seen, new)
         return jax.tree.map(lambda t: t[None], Totals(gradient, seen))
 
     one, split = PartitionSpec(), PartitionSpec("data")
+    rows = one if resident else split
     sharded = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(one, split, one, one, split, split, one),
+        in_specs=(one, split, rows, rows, split, split, one),
         out_specs=split,
         check_vma=False,  # the convolution's own rules know nothing of varying types
     )
@@ -286,16 +317,13 @@ def make_zero(params: PyTree, mesh: jax.sharding.Mesh) -> Callable[[], Totals]:
 
 def one_update(trainer: Trainer, state: State) -> tuple[State, Seen]:
     """One private update on the examples that the sampler draws for this step."""
-    indices = trainer.sampler.indices(int(state.step))
     augmentation_key, _ = step_keys(state.key, state.step)
     totals = trainer.zero()
-    for part, mask in sampling.physical_batches(indices, trainer.physical_batch_size):
-        totals = trainer.accumulate(*inputs(trainer, state, totals, part, mask, augmentation_key))
+    for batch in trainer.feed.batches(trainer.sampler, int(state.step), trainer.physical_batch_size):
+        totals = trainer.accumulate(state.params, totals, *batch, augmentation_key)
     return trainer.update(state, totals)
 
 
 def inputs(trainer: Trainer, state: State, totals: Totals, indices, mask, key) -> tuple:
-    """The arguments of `trainer.accumulate`, the batch divided over the devices."""
-    split = NamedSharding(trainer.mesh, PartitionSpec("data"))
-    batch = [jax.make_array_from_callback(x.shape, split, lambda at, x=x: x[at]) for x in (indices, mask)]
-    return state.params, totals, trainer.images, trainer.labels, *batch, key
+    """The arguments of `trainer.accumulate` for these examples of a data set in memory."""
+    return state.params, totals, *trainer.feed.batch(indices, mask), key

@@ -52,7 +52,11 @@ def verify(directory: str | pathlib.Path, *, data_dir=None, data_file=None) -> R
     experiment = Experiment(**{**hyper, "epsilon": hyper.get("epsilon", float("inf"))})
     try:
         found = data.load(
-            r["data"]["name"], data_dir=data_dir, file=data_file, validation=experiment.validation
+            r["data"]["name"],
+            data_dir=data_dir,
+            file=data_file,
+            validation=experiment.validation,
+            image_size=experiment.image_size,
         )
         weights = load_file(directory / "ema.safetensors")
         if r.get("pretrained"):
@@ -67,7 +71,7 @@ def verify(directory: str | pathlib.Path, *, data_dir=None, data_file=None) -> R
     said = f"data fingerprint {fingerprint[:16]}, recorded {recorded[:16]}"
     found = features.prepare(experiment, found)
     params, apply = functional(make_model(experiment, len(found.classes), 0))
-    accuracy = make_evaluate(apply)(unflatten(weights, params), found.test).accuracy
+    accuracy = make_evaluate(apply, recipe=found.recipe)(unflatten(weights, params), found.test).accuracy
     close = abs(accuracy - r["accuracy"]["ema"]) <= 100 * 3 / len(found.test)  # ties may fall otherwise
     checks.append((same, said + note))
     said = f"EMA accuracy {r['accuracy']['ema']:.2f} %, from the weights {accuracy:.2f} %"

@@ -94,13 +94,14 @@ def test_presets_change_the_scale_not_the_promise(name):
 PRESENTATION = {
     "name": "y", "preset": "smoke", "data_note": "n", "paper_mean": 1.0, "paper_std": 1.0, "paper_source": "s",
     "eval_every": 7, "eval_examples": 7, "physical_batch_size": 7,
+    "form": "two-pass", "remat": True, "impossible": "secret weights",
 }  # fmt: skip
 DECISIVE = {
     "dataset": "digits", "depth": 10, "width": 1, "epsilon": 4.0, "delta": 1e-6, "noise_multiplier": 2.0,
     "steps": 7, "expected_batch_size": 7, "augmult": 7, "clip_norm": 0.5, "learning_rate": 1.0,
     "ema_decay": 0.5, "sampler": "shuffle", "accountant": "rdp", "validation": 7, "compute_dtype": "bfloat16",
     "network": "scatter-linear", "norm": "none", "standardised": False, "relu_first": False, "momentum": 0.9,
-    "schedule": "cosine", "pretrained": "somewhere", "trainable": "last-2",
+    "schedule": "cosine", "pretrained": "somewhere", "trainable": "last-2", "image_size": 224,
 }  # fmt: skip
 
 

@@ -8,10 +8,11 @@ import re
 
 from dpnb.privacy import ACCOUNTANTS, SAMPLERS, SMALLEST_CLIP_NORM, Mechanism
 
-NETWORKS = ("wrn", "scatter-linear")
+NETWORKS = ("wrn", "scatter-linear", "nf-resnet", "nf-resnet-timm", "nfnet-f0", "nfnet-f1", "nfnet-f3")
+FORMS = ("auto", "materialised", "two-pass")
 SCHEDULES = ("constant", "cosine")
 # Fields younger than the first records: at these values they leave an experiment what it was.
-LATER = {"schedule": "constant", "pretrained": "", "trainable": "all"}
+LATER = {"schedule": "constant", "pretrained": "", "trainable": "all", "image_size": 0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,9 +24,14 @@ class Experiment:
 
     Attributes:
       name: unique, e.g. "cifar10/wrn-16-4/eps8".
-      dataset: "cifar10", "cifar100", "digits", or what a prepared array file holds.
-      network: "wrn", or "scatter-linear" (a linear layer on fixed scattering features).
-      depth, width: of the Wide-ResNet.
+      dataset: "cifar10", "cifar100", "digits", what a prepared array file holds, or with `image_size` any
+        set of photographs, as for `dpnb.data.load`.
+      network: "wrn", "scatter-linear" (a linear layer on fixed scattering features), "nf-resnet" or
+        "nf-resnet-timm" (timm's padding and shortcuts, for its weights), "nfnet-f0", "-f1" or "-f3".
+      depth, width: of the Wide-ResNet; of an NF-ResNet, its width being a multiple of the published one
+        (0.25 is narrow); of an NFNet the width alone.
+      image_size: 0 for small images in memory as they are; S for photographs that stay on disk and are
+        read when they are drawn: squares resized to 1.2 S, views of S x S pixels (paper: 224).
       norm: "group" (16 groups) or "none".
       standardised: weight standardisation of all convolutions.
       relu_first: ReLU before the norm, as in the paper; False is the classic order.
@@ -48,12 +54,16 @@ class Experiment:
       compute_dtype: "float32" or "bfloat16"; clipping, sums and noise are float32 always.
       seed: of everything random. None draws a secret one, which no record shows.
       physical_batch_size: examples per device and call; None fits it to the memory.
+      form: of the clipped-gradient core, see `dpnb.clipping`; "auto" decides by memory. The result
+        is the same but for rounding.
+      remat: recompute residual blocks in the backward pass (NF-ResNets, NFNets): less memory, more time.
       eval_every: updates between points of the curve; 0 evaluates only at the end.
       eval_examples: evaluation images for the curve (the end always uses all of them).
       preset: the scale of the run (smoke, teach, colab, paper).
       data_note: caveat about the data, copied into the record.
       paper_mean, paper_std: test accuracy in percent in the paper, None where unknown.
       paper_source: where the number stands, and whether it is verified.
+      impossible: why nobody outside can run it, and what takes its place; "" if anybody can.
     """
 
     name: str
@@ -66,6 +76,7 @@ class Experiment:
     relu_first: bool = True
     pretrained: str = ""
     trainable: str = "all"
+    image_size: int = 0
     epsilon: float | None = 8.0
     delta: float = 1e-5
     noise_multiplier: float | None = None
@@ -83,6 +94,8 @@ class Experiment:
     compute_dtype: str = "float32"
     seed: int | None = 0
     physical_batch_size: int | None = None
+    form: str = "auto"
+    remat: bool = False
     eval_every: int = 100
     eval_examples: int = 10_000
     preset: str = "paper"
@@ -90,6 +103,7 @@ class Experiment:
     paper_mean: float | None = None
     paper_std: float | None = None
     paper_source: str = ""
+    impossible: str = ""
 
     def __post_init__(self):
         object.__setattr__(self, "pretrained", str(self.pretrained))  # a path may come as one
@@ -141,7 +155,14 @@ class Experiment:
             "layers that are not trained need pretrained weights (a name or a path)",
             self.pretrained,
         )
-        check(not self.pretrained or self.network == "wrn", "only a wrn begins pretrained", self.network)
+        check(
+            not self.pretrained or self.network != "scatter-linear",
+            "fixed scattering features do not begin pretrained",
+            self.network,
+        )
+        check(self.width > 0, "width must be positive", self.width)
+        check(self.image_size >= 0, "image_size must be 0 or the pixels of a side", self.image_size)
+        check(self.form in FORMS, f"form must be one of {FORMS}", self.form)
         check(self.sampler in SAMPLERS, f"sampler must be one of {SAMPLERS}", self.sampler)
         check(self.accountant in ACCOUNTANTS, f"accountant must be one of {ACCOUNTANTS}", self.accountant)
         check(
@@ -175,5 +196,13 @@ class Experiment:
     def decisive(self) -> dict:
         """The fields that make it another experiment; the seed, and what is only shown, left out."""
         presentation = {"name", "preset", "data_note", "paper_mean", "paper_std", "paper_source"}
-        presentation |= {"eval_every", "eval_examples", "seed", "physical_batch_size"}
+        presentation |= {
+            "eval_every",
+            "eval_examples",
+            "seed",
+            "physical_batch_size",
+            "form",
+            "remat",
+            "impossible",
+        }
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in presentation}

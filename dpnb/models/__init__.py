@@ -6,10 +6,12 @@ from typing import Any
 import jax
 from flax import nnx
 
+from dpnb.models.nf_resnet import NFResNet
+from dpnb.models.nfnet import NFNet
 from dpnb.models.scattering import ScatterLinear
 from dpnb.models.wide_resnet import WideResNet
 
-__all__ = ["ScatterLinear", "WideResNet", "functional"]
+__all__ = ["NFNet", "NFResNet", "ScatterLinear", "WideResNet", "functional"]
 
 
 def functional(model: nnx.Module) -> tuple[dict[str, Any], Callable[[Any, jax.Array], jax.Array]]:

@@ -10,7 +10,14 @@ from flax import nnx
 
 from dpnb.models.layers import Conv, Dtype
 
-DEPTHS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3), 200: (3, 24, 36, 3)}
+DEPTHS = {
+    14: (1, 1, 1, 1),
+    26: (2, 2, 2, 2),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+    200: (3, 24, 36, 3),
+}
 WIDTHS = (256, 512, 1024, 2048)
 RELU_GAIN = 1.7139588594436646  # sqrt(2 / (1 - 1 / pi)): unit variance after ReLU of a unit Gaussian
 
@@ -140,7 +147,7 @@ class NFResNet(nnx.Module):
     NF-ResNet-50 with 1,000 classes has 25,557,048 parameters.
 
     Args:
-      depth: 50, 101, 152 or 200, or the number of blocks in each stage.
+      depth: 50, 101, 152 or 200, or 14 or 26 for small machines, or the number of blocks in each stage.
       num_classes: size of the output.
       width: multiplies all channels; 0.25 is a narrow network for small machines.
       alpha: weight of the residual branches.

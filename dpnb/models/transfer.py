@@ -5,14 +5,13 @@ import numpy as np
 from flax import nnx
 
 from dpnb.models.conversion import Arrays
-from dpnb.models.wide_resnet import WideResNet
 
 
 class Frozen(nnx.Variable):
     """A parameter that is not trained: not an `nnx.Param`, so `dpnb.models.functional` leaves it as it is."""
 
 
-def begin(model: WideResNet, weights: Arrays) -> None:
+def begin(model: nnx.Module, weights: Arrays) -> None:
     """Sets every parameter of `model` to the public one of that name; the classifier keeps its own.
 
     A new data set has other classes, so the paper, too, resets the classifier before fine-tuning.
@@ -45,8 +44,8 @@ def begin(model: WideResNet, weights: Arrays) -> None:
         setattr(module, leaf, nnx.Param(jnp.asarray(given[name], jnp.float32)))
 
 
-def freeze(model: WideResNet, trainable: str) -> None:
-    """Leaves the last k residual blocks, the last norm and the classifier to be trained.
+def freeze(model: nnx.Module, trainable: str) -> None:
+    """Leaves the last k residual blocks, the last norm or convolution, and the classifier to be trained.
 
     Args:
       trainable: "all" (nothing is frozen), or "last-k", k at most the number of blocks.
@@ -58,7 +57,7 @@ def freeze(model: WideResNet, trainable: str) -> None:
     last, blocks = int(trainable.removeprefix("last-")), len(model.blocks)
     if last > blocks:
         raise ValueError(f"{trainable}: the network has {blocks} blocks; use last-{blocks}, or all")
-    trained = ("norm/", "linear/", *(f"blocks/{i}/" for i in range(blocks - last, blocks)))
+    trained = ("norm/", "final/", "linear/", *(f"blocks/{i}/" for i in range(blocks - last, blocks)))
     for name, (module, leaf) in _parameters(model).items():
         if not name.startswith(trained):
             setattr(module, leaf, Frozen(getattr(module, leaf)[...]))

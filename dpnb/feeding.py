@@ -1,0 +1,113 @@
+"""Physical batches on the devices: of images that all lie there, or of photographs that are read ahead."""
+
+import dataclasses
+import warnings
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dpnb import sampling
+from dpnb.data import Dataset
+from dpnb.photographs import Photographs
+
+
+class Resident:
+    """The whole data set on every device; a batch is indices into it.
+
+    images: uint8 [n, h, w, c] (or float32 features); labels: int32 [n].
+    """
+
+    resident = True
+
+    def __init__(self, split, mesh: Mesh):
+        self.mesh = mesh
+        self.images, self.labels = (put_everywhere(x, mesh) for x in (split.images, split.labels))
+
+    def batches(self, sampler, step: int, size: int) -> Iterator[tuple]:
+        """(images, labels, indices, mask) of every physical batch of update `step`, for `accumulate`."""
+        for indices, mask in sampling.physical_batches(sampler.indices(step), size):
+            yield self.batch(indices, mask)
+
+    def batch(self, indices: np.ndarray, mask: np.ndarray) -> tuple:
+        """These examples, divided over the devices."""
+        return self.images, self.labels, *(_divided(x, self.mesh) for x in (indices, mask))
+
+    def blank(self, size: int) -> tuple:
+        """A physical batch of padding alone."""
+        return self.batch(np.zeros(size, np.int32), np.zeros(size, bool))
+
+
+@dataclasses.dataclass
+class Streamed:
+    """Photographs from disk, read ahead of the device; each process reads the rows of its own devices."""
+
+    photographs: Photographs
+    mesh: Mesh
+
+    resident = False
+
+    def __post_init__(self):
+        self.ahead, self.expected, self.held, self.named = None, None, None, set()
+
+    def batches(self, sampler, step: int, size: int) -> Iterator[tuple]:
+        """(images, labels, indices, mask) of every physical batch of update `step`, for `accumulate`.
+
+        Images that cannot be read are named in a warning, once, and come with the label -1.
+        """
+        if self.expected != (step, size, sampler):  # the first call, or not where the last one ended
+            self.held, self.ahead = None, self.photographs.stream(sampler, size, self._rows(size), step)
+        self.expected = None  # until this update has been read to its end
+        while True:
+            at, batch = self.held or next(self.ahead)
+            self.held = None
+            if at > step:
+                self.held = at, batch
+                break
+            self._name(batch.unreadable)
+            yield tuple(
+                jax.make_array_from_process_local_data(NamedSharding(self.mesh, PartitionSpec("data")), x)
+                for x in (batch.images, batch.labels, batch.indices, batch.mask)
+            )
+        self.expected = (step + 1, size, sampler)
+
+    def blank(self, size: int) -> tuple:
+        """A physical batch of padding alone."""
+        side = self.photographs.size
+        shapes = ((size, side, side, 3), np.uint8), ((size,), np.int32), ((size,), np.int32), ((size,), bool)
+        return tuple(_divided(np.zeros(shape, dtype), self.mesh) for shape, dtype in shapes)
+
+    def _rows(self, size: int) -> slice:
+        """The rows of a physical batch that lie on this process's devices, which are neighbours."""
+        split = NamedSharding(self.mesh, PartitionSpec("data"))
+        mine = [at[0].indices(size) for at in split.addressable_devices_indices_map((size,)).values()]
+        return slice(min(a for a, _, _ in mine), max(b for _, b, _ in mine))
+
+    def _name(self, unreadable) -> None:
+        for index, reason in unreadable:
+            if index not in self.named:
+                self.named.add(index)
+                warnings.warn(
+                    f"training image {index} cannot be read and counts as a zero gradient: {reason}",
+                    stacklevel=3,
+                )
+
+
+def make_feed(data: Dataset, augmult: int, mesh: Mesh) -> Resident | Streamed:
+    """The training images of a data set, in the way that suits them."""
+    if not isinstance(data.train, Photographs):
+        return Resident(data.train, mesh)
+    enlarged = data.train.resized(data.recipe.enlarged) if augmult else data.train
+    return Streamed(enlarged, mesh)
+
+
+def put_everywhere(x, mesh: Mesh) -> jax.Array:
+    """The same array on every device of every process."""
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, NamedSharding(mesh, PartitionSpec()), lambda at: x[at])
+
+
+def _divided(x: np.ndarray, mesh: Mesh) -> jax.Array:
+    split = NamedSharding(mesh, PartitionSpec("data"))
+    return jax.make_array_from_callback(x.shape, split, lambda at: x[at])

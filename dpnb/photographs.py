@@ -1,0 +1,388 @@
+"""Photographs that stay on disk: each is read, decoded and resized when it is drawn.
+
+Random access (TFDS data sources in array_record, or a folder of folders) makes Poisson sampling exact on
+data sets of any size: the sampler draws indices, and only those images are read, by Grain's threads or
+worker processes, ahead of the device and in bounded memory.  Pillow, TFDS and Grain are imported where
+they are used.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import io
+import itertools
+import json
+import os
+import pathlib
+import threading
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from dpnb import augment, sampling
+from dpnb.data import DataError, Dataset, Split, prepared, tfds_or_error
+from dpnb.files import write_whole
+
+HASHES = pathlib.Path("~/.cache/dpnb/hashes")  # of files, by size and time of change
+SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
+UNREADABLE = -1  # the label of an image that could not be read; its gradient is zero
+
+
+class Source(Protocol):
+    """Encoded images by number. `files` are all that their content comes from."""
+
+    files: list[pathlib.Path]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[bytes, int, str]:
+        """(encoded image, label, name)"""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FolderSource:
+    """ROOT/CLASS/IMAGE, in the order of `classes` (some may be absent) and of names."""
+
+    root: pathlib.Path
+    classes: tuple[str, ...]
+
+    @functools.cached_property
+    def files(self) -> list[pathlib.Path]:
+        return [
+            path
+            for name in self.classes
+            if (self.root / name).is_dir()
+            for path in sorted((self.root / name).iterdir())
+            if path.suffix.lower() in SUFFIXES
+        ]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[bytes, int, str]:
+        path = self.files[index]
+        return path.read_bytes(), self.classes.index(path.parent.name), f"{path.parent.name}/{path.name}"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TfdsSource:
+    """One split of a prepared TFDS data set, images left encoded."""
+
+    directory: str
+    split: str
+
+    @functools.cached_property
+    def source(self):
+        tfds = tfds_or_error()
+        builder = tfds.builder_from_directory(self.directory)
+        return builder.as_data_source(self.split, decoders={"image": tfds.decode.SkipDecoding()})
+
+    @functools.cached_property
+    def files(self) -> list[pathlib.Path]:
+        return sorted(p for p in pathlib.Path(self.directory).glob(f"*-{self.split}.*") if p.is_file())
+
+    def __reduce__(self):  # worker processes open it anew
+        return type(self), (self.directory, self.split)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[bytes, int, str]:
+        row = self.source[index]
+        name = row.get("file_name", b"")
+        return row["image"], int(row["label"]), name.decode() if isinstance(name, bytes) else str(name)
+
+
+def decode(encoded: bytes, size: int) -> np.ndarray:
+    """The largest centred square of an image, resized to uint8 [size, size, 3] (bicubic, antialiased)."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(encoded)) as image:
+        image = image.convert("RGB")
+        side = min(image.size)
+        left, top = ((length - side) // 2 for length in image.size)
+        # Cut out first: resizing a box would look beyond its edges.
+        square = image.crop((left, top, left + side, top + side))
+        return np.asarray(square.resize((size, size), Image.Resampling.BICUBIC))
+
+
+class Batch(NamedTuple):
+    """images uint8 [size, s, s, 3]; labels int32 [size], -1 where unreadable; indices int32 [size] in the
+    split; mask bool [size], False for padding; unreadable: (index, name and reason) of images that
+    could not be read, which are black here."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    indices: np.ndarray
+    mask: np.ndarray
+    unreadable: tuple[tuple[int, str], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Photographs:
+    """Labelled photographs on disk: what a `dpnb.data.Split` is to images in memory.
+
+    source: of encoded images.
+    num_classes: labels are 0 to num_classes - 1.
+    size: pixels of a side of what `read` gives.
+    chosen: the photographs of the source that belong to the split, as a range.
+    workers: processes that read and decode; 0 for threads of this one (Pillow decodes outside Python's lock).
+    """
+
+    source: Any
+    num_classes: int
+    size: int
+    chosen: range
+    workers: int = 0
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def head(self, n: int) -> "Photographs":
+        """The first n photographs (all, where there are fewer)."""
+        return dataclasses.replace(self, chosen=self.chosen[:n])
+
+    def resized(self, size: int) -> "Photographs":
+        """The same photographs, size x size pixels."""
+        return dataclasses.replace(self, size=size)
+
+    def read(self, indices: np.ndarray, mask: np.ndarray) -> Batch:
+        """Reads and decodes; what cannot be read is black, has the label -1, and is named."""
+        images = np.zeros((len(indices), self.size, self.size, 3), np.uint8)
+        labels, unreadable = np.full(len(indices), UNREADABLE, np.int32), []
+        for row, index in enumerate(indices):
+            if not mask[row]:
+                continue
+            name = ""
+            try:
+                encoded, label, name = self.source[self.chosen[int(index)]]
+                if not 0 <= label < self.num_classes:
+                    raise ValueError(f"label {label} of {self.num_classes} classes")
+                images[row] = decode(encoded, self.size)
+                labels[row] = label
+            except Exception as error:  # Pillow, array_record and the file system each have their own
+                reason = f"{name or 'photograph'} ({type(error).__name__}: {error})"
+                unreadable.append((int(index), reason))
+                images[row] = 0
+        return Batch(images, labels, indices, mask, tuple(unreadable))
+
+    def batches(self, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """All photographs in order: (images uint8 [size or fewer, s, s, 3], labels int32), read ahead."""
+        parts = [np.arange(a, min(a + size, len(self)), dtype=np.int32) for a in range(0, len(self), size)]
+        for batch in self._ahead(_Parts(parts)):
+            yield batch.images, batch.labels
+
+    def stream(self, sampler, size: int, rows: slice, first: int) -> Iterator[tuple[int, Batch]]:
+        """Physical batches of the updates first, first + 1, ... without end: (update, batch), read ahead.
+
+        Args:
+          sampler: `indices(step)`, see `dpnb.sampling`.
+          size: examples in a physical batch, over all processes.
+          rows: the part of each that this process reads.
+          first: the first update. One that draws nothing has no batches.
+        """
+        plan = _Plan(sampler, size, first)
+        for number, batch in enumerate(self._ahead(plan, rows)):
+            yield plan.step_of(number), batch
+
+    def _ahead(self, plan, rows: slice = slice(None)) -> Iterator[Batch]:
+        import grain
+
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        threads = grain.ReadOptions(num_threads=cores + 1, prefetch_buffer_size=2 * (cores + 1))
+        ahead = grain.MapDataset.source(plan).map(lambda part: self.read(part[0][rows], part[1][rows]))
+        ahead = ahead.to_iter_dataset(threads)
+        if self.workers:
+            from absl import flags
+
+            flags.FLAGS.mark_as_parsed()  # Grain's workers ask for them, and a notebook has no command line
+            options = grain.multiprocessing.MultiprocessingOptions(self.workers, per_worker_buffer_size=2)
+            ahead = ahead.mp_prefetch(options)
+        return iter(ahead)
+
+
+class _Parts:
+    """Given lists of indices, none of them padding."""
+
+    def __init__(self, parts: list[np.ndarray]):
+        self.parts = parts
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.parts[number], np.ones(len(self.parts[number]), bool)
+
+
+class _Plan:
+    """The physical batches of a whole run in a row, each update drawn when its turn comes.
+
+    Readers ask for neighbouring numbers in any order, so the last few updates are kept.
+    """
+
+    def __init__(self, sampler, size: int, first: int):
+        self.sampler, self.size, self.first = sampler, size, first
+        self.begins, self.lock = [0], threading.Lock()  # the number of each update's first batch
+        self.parts = functools.lru_cache(maxsize=16)(self._parts)
+
+    def __reduce__(self):
+        return type(self), (self.sampler, self.size, self.first)
+
+    def _parts(self, step: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        return list(sampling.physical_batches(self.sampler.indices(step), self.size))
+
+    def __len__(self) -> int:
+        return 2**62  # as many as anybody asks for
+
+    def step_of(self, number: int) -> int:
+        """The update that physical batch `number` belongs to."""
+        with self.lock:
+            while self.begins[-1] <= number:
+                step = self.first + len(self.begins) - 1
+                self.begins.append(self.begins[-1] + len(self.parts(step)))
+            return self.first + int(np.searchsorted(self.begins, number, side="right")) - 1
+
+    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        step = self.step_of(number)
+        return self.parts(step)[number - self.begins[step - self.first]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PhotographDataset(Dataset):
+    """A data set of `Photographs`; views are squares of `size` pixels."""
+
+    size: int = 224
+
+    def __post_init__(self):
+        object.__setattr__(self, "classes", tuple(map(str, self.classes)))
+        for which, split in (("train", self.train), ("test", self.test)):
+            if not len(split):
+                raise DataError(f"{self.name} needs photographs in its {which} split, got none")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.size, self.size, 3)
+
+    @property
+    def recipe(self) -> augment.Recipe:
+        return augment.photographs(self.size)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over all files and which of their photographs are in each split.
+
+        Every byte is read once; then a file is trusted while its size and time of change stay.
+        """
+        digest = hashlib.sha256()
+        for split in (self.train, self.test):
+            chosen = split.chosen
+            digest.update(f"{chosen} of {len(split.source)}, {self.size} pixels".encode())
+            digest.update(file_hashes(split.source.files).encode())
+        return digest.hexdigest()
+
+
+def file_hashes(files: list[pathlib.Path], kept: str | pathlib.Path = HASHES) -> str:
+    """One SHA-256 (hex) over names and contents, in this order; those of unchanged files are remembered.
+
+    Args:
+      kept: directory of what is remembered, one file per directory of data.
+    """
+    digest = hashlib.sha256()
+    for directory, group in itertools.groupby(files, lambda path: path.parent):
+        place = hashlib.sha256(str(directory.absolute()).encode()).hexdigest()[:32]
+        memory = pathlib.Path(kept).expanduser() / f"{place}.json"
+        try:
+            known = json.loads(memory.read_text())
+        except (OSError, ValueError):
+            known = {}
+        fresh = {}
+        for path in group:
+            stat = path.stat()
+            key = f"{path.name} {stat.st_size} {stat.st_mtime_ns}"
+            if key not in known:
+                with open(path, "rb") as file:
+                    known[key] = hashlib.file_digest(file, "sha256").hexdigest()
+            fresh[key] = known[key]
+            digest.update(f"{directory.name}/{path.name} {fresh[key]}\n".encode())
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(memory, json.dumps(fresh))
+    return digest.hexdigest()
+
+
+def load(
+    name: str, size: int, *, data_dir=None, validation: int = 0, note: str = "", workers: int = 0
+) -> Dataset:
+    """A data set of photographs, of which nothing is read yet but the list.
+
+    Args:
+      name: a TFDS data set below `data_dir` prepared as array_record, such as "imagenet2012" or
+        "places365_small"; or a folder there, `name`/train/CLASS/IMAGE and `name`/val/CLASS/IMAGE.
+      size: pixels of a view's side.
+      validation: hold out the last so many training photographs and report on them instead.
+      workers: processes that decode; 0 for threads.
+    Raises:
+      DataError: nothing of that name there, no split to report on, or not readable at random.
+    """
+    folder = pathlib.Path(data_dir or ".").expanduser() / name
+    if (folder / "train").is_dir():
+        (train, test), classes = _folders(folder)
+    else:
+        (train, test), classes = _tfds(name, data_dir)
+    n = len(train)
+    if validation and not 0 < validation < n:
+        raise DataError(f"validation must leave images to train on: 0 to {n - 1}, got {validation}")
+    split = functools.partial(Photographs, num_classes=len(classes), size=size, workers=workers)
+    reported = (
+        split(train, chosen=range(n - validation, n)) if validation else split(test, chosen=range(len(test)))
+    )
+    return PhotographDataset(
+        name, split(train, chosen=range(n - validation)), reported, classes, note, size=size
+    )
+
+
+def _folders(folder: pathlib.Path):
+    classes = tuple(sorted(path.name for path in (folder / "train").iterdir() if path.is_dir()))
+    report = next((folder / s for s in ("val", "validation", "test") if (folder / s).is_dir()), None)
+    if report is None:
+        raise DataError(f"{folder} needs a folder val (or validation, test) beside train to report on")
+    unknown = {path.name for path in report.iterdir() if path.is_dir()} - set(classes)
+    if unknown:
+        raise DataError(f"classes of {report} must be those of train, got also {sorted(unknown)[:3]}")
+    return (FolderSource(folder / "train", classes), FolderSource(report, classes)), classes
+
+
+def _tfds(name: str, data_dir):
+    builder = prepared(name, data_dir)
+    missing = {"image", "label"} - set(builder.info.features)
+    report = next((s for s in ("validation", "val", "test") if s in builder.info.splits), None)
+    if missing or report is None or "train" not in builder.info.splits:
+        raise DataError(
+            f"{name} needs images, labels, and a train and a validation split, got "
+            f"{list(builder.info.features)} and {list(builder.info.splits)}"
+        )
+    sources = tuple(TfdsSource(str(builder.data_path), s) for s in ("train", report))
+    return sources, tuple(builder.info.features["label"].names)
+
+
+def write_folders(
+    dataset: Dataset, root: str | pathlib.Path, side: int = 80, limit: int = 400
+) -> pathlib.Path:
+    """A data set in memory as JPEG files ROOT/train/CLASS/n.jpeg and ROOT/val/..., to try the road with.
+
+    Args:
+      side: pixels of the shorter side; the longer one is a quarter longer, of mirrored pixels.
+      limit: images of each split at most.
+    """
+    from PIL import Image
+
+    root = pathlib.Path(root)
+    for which, split in (("train", dataset.train), ("val", dataset.test)):
+        split: Split = split.head(limit)
+        for name in dataset.classes:
+            (root / which / name).mkdir(parents=True, exist_ok=True)
+        for number, (pixels, label) in enumerate(zip(split.images, split.labels, strict=True)):
+            wide = np.pad(pixels, ((0, 0), (pixels.shape[1] // 8,) * 2, (0, 0)), mode="symmetric")
+            image = Image.fromarray(wide).resize((side * wide.shape[1] // wide.shape[0], side))
+            image.save(root / which / dataset.classes[label] / f"{number:05}.jpeg", quality=95)
+    return root
