@@ -17,9 +17,15 @@ from dpnb.experiments import Experiment, cifar10, studies
 NOTEBOOKS = pathlib.Path(__file__).parents[1] / "notebooks"
 NOTEBOOK = "cifar10_from_scratch.ipynb"
 FIELDS = [f.name for f in dataclasses.fields(experiments.Experiment)]
-NOTEBOOKS_OF = {"pretrain": "pretrain_public.ipynb"}  # by the first part of a name; else NOTEBOOK
+# By the first part of a name, or its first two; else NOTEBOOK.
+NOTEBOOKS_OF = {"pretrain": "pretrain_public.ipynb", "imagenet/scratch": "imagenet_from_scratch.ipynb"}
 FIGURES = {**studies.STUDIES, "finetune": "cifar_finetune.ipynb"}
-TABLES = {"cifar10": "cifar10/[ws]*/eps*", "finetune": "cifar*/finetune/*", "digits": "digits/*"}
+TABLES = {
+    "imagenet": "[ip][ml]a*/*/*",
+    "cifar10": "cifar10/[ws]*/eps*",
+    "finetune": "cifar*/finetune/*",
+    "digits": "digits/*",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -75,6 +81,7 @@ def list_(options) -> int:
         paper = results.spread(e.paper_mean, e.paper_std) + (" %" if e.paper_mean else "")
         status = results.status(e, records)
         source = e.paper_source.replace(cifar10.UNVERIFIED, "unverified")
+        source += f"; {e.impossible}" if e.impossible else ""
         print(f"{name:42} epsilon {_epsilon(e)}, delta {e.delta:g}  paper: {paper:14} {status:24} {source}")
     return 0
 
@@ -125,11 +132,12 @@ def run_sweep(options) -> int:
     todo = sweep.plan(options.name, options.preset, options.seeds or 1, data_note=options.data_note, **asked)
     if options.seeds is None:
         todo = [e.replace(seed=None if options.secret_seed else options.seed) for e in todo]
-    datasets = {e.dataset for e in todo}
+    datasets = {(e.dataset, e.image_size) for e in todo}
     if len(datasets) > 1:
         raise ValueError(f"a sweep reads one data set, got those of {options.name!r}; narrow the pattern")
+    dataset, image_size = datasets.pop()
     loaded = data.load(
-        datasets.pop(), data_dir=options.data_dir or None, file=options.data_file or None,
+        dataset, image_size=image_size, data_dir=options.data_dir or None, file=options.data_file or None,
         validation=todo[0].validation, note=options.data_note,
     )  # fmt: skip
     dpnb.use_compilation_cache()
@@ -161,7 +169,8 @@ def run(options) -> int:
         data_file=str(options.data_file and pathlib.Path(options.data_file).absolute()),
         data_note=options.data_note, output_dir=str(out.absolute()),
     )  # fmt: skip
-    notebook = NOTEBOOKS_OF.get(options.name.split("/")[0], NOTEBOOK)
+    first, *rest = options.name.split("/")
+    notebook = NOTEBOOKS_OF.get("/".join([first, *rest[:1]]), NOTEBOOKS_OF.get(first, NOTEBOOK))
     if not (NOTEBOOKS / notebook).exists():
         raise FileNotFoundError(
             f"`dpnb run` executes the notebooks of a source checkout, and {NOTEBOOKS} has none; "

@@ -10,6 +10,7 @@ import optax
 
 from dpnb.augment import SMALL_IMAGES, Recipe, plain
 from dpnb.data import Split
+from dpnb.sharding import gathered
 
 
 class Evaluation(NamedTuple):
@@ -38,7 +39,7 @@ def make_evaluate(
         return logits.argmax(-1), optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
     def evaluate(params, split: Split) -> Evaluation:
-        params = jax.tree.map(local, params)
+        params = jax.tree.map(gathered, params)
         predictions, losses, right = [], [], []
         for images, labels in split.batches(batch_size):
             padding = batch_size - len(labels)  # one static size, so one compilation
@@ -51,8 +52,3 @@ def make_evaluate(
         return Evaluation(accuracy, float(np.mean(np.concatenate(losses))), np.concatenate(predictions))
 
     return evaluate
-
-
-def local(x: jax.Array) -> jax.Array:
-    """This process's copy of an array that is replicated on every device."""
-    return x.addressable_data(0)

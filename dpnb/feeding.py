@@ -6,11 +6,12 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from dpnb import sampling
 from dpnb.data import Dataset
 from dpnb.photographs import Photographs
+from dpnb.sharding import put, rows, whole
 
 
 class Resident:
@@ -23,7 +24,7 @@ class Resident:
 
     def __init__(self, split, mesh: Mesh):
         self.mesh = mesh
-        self.images, self.labels = (put_everywhere(x, mesh) for x in (split.images, split.labels))
+        self.images, self.labels = (put(x, whole(mesh)) for x in (split.images, split.labels))
 
     def batches(self, sampler, step: int, size: int) -> Iterator[tuple]:
         """(images, labels, indices, mask) of every physical batch of update `step`, for `accumulate`."""
@@ -32,7 +33,7 @@ class Resident:
 
     def batch(self, indices: np.ndarray, mask: np.ndarray) -> tuple:
         """These examples, divided over the devices."""
-        return self.images, self.labels, *(_divided(x, self.mesh) for x in (indices, mask))
+        return self.images, self.labels, *(put(x, rows(self.mesh)) for x in (indices, mask))
 
     def blank(self, size: int) -> tuple:
         """A physical batch of padding alone."""
@@ -67,7 +68,7 @@ class Streamed:
                 break
             self._name(batch.unreadable)
             yield tuple(
-                jax.make_array_from_process_local_data(NamedSharding(self.mesh, PartitionSpec("data")), x)
+                jax.make_array_from_process_local_data(rows(self.mesh), x)
                 for x in (batch.images, batch.labels, batch.indices, batch.mask)
             )
         self.expected = (step + 1, size, sampler)
@@ -76,12 +77,12 @@ class Streamed:
         """A physical batch of padding alone."""
         side = self.photographs.size
         shapes = ((size, side, side, 3), np.uint8), ((size,), np.int32), ((size,), np.int32), ((size,), bool)
-        return tuple(_divided(np.zeros(shape, dtype), self.mesh) for shape, dtype in shapes)
+        return tuple(put(np.zeros(shape, dtype), rows(self.mesh)) for shape, dtype in shapes)
 
     def _rows(self, size: int) -> slice:
         """The rows of a physical batch that lie on this process's devices, which are neighbours."""
-        split = NamedSharding(self.mesh, PartitionSpec("data"))
-        mine = [at[0].indices(size) for at in split.addressable_devices_indices_map((size,)).values()]
+        places = rows(self.mesh).addressable_devices_indices_map((size,)).values()
+        mine = [place[0].indices(size) for place in places]
         return slice(min(a for a, _, _ in mine), max(b for _, b, _ in mine))
 
     def _name(self, unreadable) -> None:
@@ -100,14 +101,3 @@ def make_feed(data: Dataset, augmult: int, mesh: Mesh) -> Resident | Streamed:
         return Resident(data.train, mesh)
     enlarged = data.train.resized(data.recipe.enlarged) if augmult else data.train
     return Streamed(enlarged, mesh)
-
-
-def put_everywhere(x, mesh: Mesh) -> jax.Array:
-    """The same array on every device of every process."""
-    x = np.asarray(x)
-    return jax.make_array_from_callback(x.shape, NamedSharding(mesh, PartitionSpec()), lambda at: x[at])
-
-
-def _divided(x: np.ndarray, mesh: Mesh) -> jax.Array:
-    split = NamedSharding(mesh, PartitionSpec("data"))
-    return jax.make_array_from_callback(x.shape, split, lambda at: x[at])

@@ -16,7 +16,7 @@ from safetensors.numpy import save as serialised
 
 from dpnb import experiments, ledger, privacy
 from dpnb.data import Dataset
-from dpnb.experiments import literature
+from dpnb.experiments import imagenet, literature
 from dpnb.files import write_whole
 from dpnb.training import Run
 
@@ -104,7 +104,7 @@ def statement(result: dict[str, Any]) -> str:
 def flatten(params: Any, prefix: str = "") -> dict[str, np.ndarray]:
     """Nested parameters as {"blocks/0/conv1/kernel": array, ...}."""
     if not isinstance(params, dict):
-        return {prefix.rstrip("/"): np.asarray(params.addressable_data(0))}
+        return {prefix.rstrip("/"): np.asarray(params)}
     parts = [flatten(v, f"{prefix}{k}/") for k, v in params.items()]
     return {k: v for part in parts for k, v in part.items()}
 
@@ -198,7 +198,7 @@ def table(pattern: str, results: list[dict[str, Any]]):
             if runs:
                 rows.append({**base, **_ours(runs, preset, e)})
             elif preset == "paper" and e.paper_mean is not None:
-                rows.append({**base, "preset": "paper", "ours": "-", "status": "runnable"})
+                rows.append({**base, "preset": "paper", "ours": "-", "status": possibility(e)})
     columns = [
         "experiment",
         "epsilon",
@@ -220,7 +220,19 @@ def status(experiment: experiments.Experiment, results: list[dict[str, Any]]) ->
     if full := runs["paper"]:
         return f"{verdict(experiment, full)} (n = {len(full)})"
     smaller = ", ".join(p for p in experiments.PRESETS if runs[p])
-    return f"runnable (run at {smaller})" if smaller else "runnable"
+    could = possibility(experiment)
+    return f"{could} (run at {smaller})" if smaller else could
+
+
+def possibility(experiment: experiments.Experiment) -> str:
+    """Can anybody run it, and (on ImageNet and Places) for how many hours of one accelerator?"""
+    if experiment.impossible:
+        return "impossible in public"
+    if experiment.dataset not in imagenet.EXAMPLES:
+        return "runnable"
+    hours = imagenet.device_hours(experiment)
+    cost = f"about {hours:,.0f}" if hours >= 1 else "under 1"
+    return f"runnable, {cost} H100-hours (assumed speed)"
 
 
 def verdict(experiment: experiments.Experiment, runs: list[dict[str, Any]]) -> str:
@@ -294,7 +306,13 @@ def spent(result: dict[str, Any]) -> float:
 
 def network(e: experiments.Experiment) -> str:
     """ "WRN-16-4", or the name of a network without depth and width."""
-    return f"WRN-{e.depth}-{e.width}" if e.network == "wrn" else e.network
+    if e.network == "wrn":
+        return f"WRN-{e.depth}-{e.width}"
+    if not e.network.startswith("nf"):
+        return e.network
+    depth = f"-{e.depth}" if "resnet" in e.network else ""
+    name = e.network.replace("nf-resnet", "NF-ResNet").replace("nfnet-f", "NFNet-F")
+    return f"{name}{depth}" + (f" (width {e.width:g}, {e.image_size or 32} px)" if e.width != 1 else "")
 
 
 def scale(frame) -> str:

@@ -20,7 +20,7 @@ from flax import nnx
 from dpnb import features, privacy
 from dpnb.checkpoints import Checkpoints, run_seed, salt
 from dpnb.data import Dataset
-from dpnb.evaluation import Evaluation, local, make_evaluate
+from dpnb.evaluation import Evaluation, make_evaluate
 from dpnb.experiments.experiment import Experiment
 from dpnb.hosts import from_first
 from dpnb.identity import code, computation
@@ -28,6 +28,7 @@ from dpnb.ledger import BudgetExceeded, Ledger, derived_seed, lineage
 from dpnb.models import pretrained
 from dpnb.models.checks import check_independent
 from dpnb.progress import Progress
+from dpnb.sharding import gathered
 from dpnb.update import Seen, call_size, make_model, make_trainer, one_update
 
 
@@ -204,8 +205,8 @@ def train(
         events = ledger.events()
     return Run(
         experiment=experiment,
-        params=state.params,
-        ema_params=state.ema,
+        params=jax.tree.map(gathered, state.params),
+        ema_params=jax.tree.map(gathered, state.ema),
         history=history,
         raw=evaluate(state.params, data.test),
         ema=evaluate(state.ema, data.test),
@@ -259,7 +260,7 @@ def check_outputs(model: nnx.Module, data: Dataset) -> None:
 
 def curve_point(step: int, seen: Seen, epsilon: float) -> dict[str, Any]:
     """One point of the curve. All but step and epsilon are training statistics, not private."""
-    seen = Seen(*[float(local(x)) for x in seen])
+    seen = Seen(*[float(gathered(x)) for x in seen])
     n = max(seen.examples, 1.0)
     return {
         "step": step,

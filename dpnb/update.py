@@ -15,16 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from dpnb import augment, sampling
 from dpnb.clipping import ClippedGrad, clipped_grad
 from dpnb.data import Dataset
 from dpnb.experiments.experiment import Experiment
-from dpnb.feeding import Resident, Streamed, make_feed, put_everywhere
+from dpnb.feeding import Resident, Streamed, make_feed
 from dpnb.models import NFNet, NFResNet, ScatterLinear, WideResNet, functional, pretrained, transfer
 from dpnb.models.wide_resnet import norm_then_relu, relu_then_norm
 from dpnb.noise import add_noise
+from dpnb.sharding import AXIS, placed, put, rows, whole
 
 PyTree = Any
 
@@ -194,7 +195,7 @@ def make_trainer(
       physical_batch_size: examples per device and call; default `call_size(experiment)`.
     """
     n, devices = len(data.train), devices or jax.devices()
-    mesh = jax.sharding.Mesh(np.array(devices), ("data",))
+    mesh = jax.sharding.Mesh(np.array(devices), (AXIS,))
     params, apply = functional(make_model(experiment, len(data.classes), seed) if model is None else model)
     optimizer = optimizer or make_optimizer(experiment)
     rescale = math.isfinite(experiment.clip_norm)
@@ -214,6 +215,7 @@ def make_trainer(
         sampler = sampling.Shuffle(n, experiment.expected_batch_size, seed)
     zero = jnp.zeros((), jnp.int32)
     state = State(zero, params, params, optimizer.init(params), root_key(seed))
+    places = placed(state, mesh, experiment.shard)
     feed = make_feed(data, experiment.augmult, mesh)
     return Trainer(
         experiment=experiment,
@@ -221,12 +223,12 @@ def make_trainer(
         apply=apply,
         grad=grad,
         mesh=mesh,
-        state=jax.tree.map(functools.partial(put_everywhere, mesh=mesh), state),
+        state=jax.tree.map(put, state, places),
         feed=feed,
         physical_batch_size=physical * len(devices),
         zero=make_zero(jax.eval_shape(lambda: params), mesh),
         accumulate=make_accumulate(grad, experiment.augmult, mesh, data.recipe, feed.resident),
-        update=make_update(experiment, grad.sensitivity, optimizer, mesh),
+        update=make_update(experiment, grad.sensitivity, optimizer, mesh, places),
     )
 
 
@@ -270,26 +272,30 @@ def make_accumulate(
         seen = jax.tree.map(lambda total, x: total + x.astype(jnp.float32).sum(), mine.seen, new)
         return jax.tree.map(lambda t: t[None], Totals(gradient, seen))
 
-    one, split = PartitionSpec(), PartitionSpec("data")
-    rows = one if resident else split
+    one, split = PartitionSpec(), PartitionSpec(AXIS)
+    images = one if resident else split
     sharded = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(one, split, rows, rows, split, split, one),
+        in_specs=(one, split, images, images, split, split, one),
         out_specs=split,
         check_vma=False,  # the convolution's own rules know nothing of varying types
     )
     return jax.jit(sharded, donate_argnums=1)
 
 
-def make_update(experiment: Experiment, sensitivity: float, optimizer, mesh) -> Callable:
-    """All-reduce, noise once, divide by the expected batch size, optimizer step, EMA."""
+def make_update(experiment: Experiment, sensitivity: float, optimizer, mesh, places: State) -> Callable:
+    """All-reduce, noise once, divide by the expected batch size, optimizer step, EMA.
+
+    `places` is a sharding for each leaf of the state: where parameters are divided, so are sum and noise.
+    """
     sigma = experiment.noise_multiplier
     std = sigma * sensitivity if sigma else 0.0
     add_noise((), jax.random.key(0), std)  # refuses an infinite one before anything is spent
 
     def update(state: State, totals: Totals) -> tuple[State, Seen]:
         total, seen = jax.tree.map(lambda t: t.sum(0), totals)
+        total = jax.lax.with_sharding_constraint(total, places.params)
         _, noise_key = step_keys(state.key, state.step)
         noisy = add_noise(total, noise_key, std)
         gradient = jax.tree.map(lambda g: g / experiment.expected_batch_size, noisy)
@@ -301,7 +307,9 @@ def make_update(experiment: Experiment, sensitivity: float, optimizer, mesh) -> 
         return State(state.step + 1, params, ema, optimizer_state, state.key), seen
 
     # The state is not donated: an interrupted update leaves the state before it intact.
-    return jax.jit(update, donate_argnums=1, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    # Sums are donated, but for a divided state: it has no place for them.
+    donated = () if experiment.shard else 1
+    return jax.jit(update, donate_argnums=donated, out_shardings=(places, whole(mesh)))
 
 
 def make_zero(params: PyTree, mesh: jax.sharding.Mesh) -> Callable[[], Totals]:
@@ -312,7 +320,7 @@ def make_zero(params: PyTree, mesh: jax.sharding.Mesh) -> Callable[[], Totals]:
         gradient = jax.tree.map(lambda p: jnp.zeros((devices, *p.shape), jnp.float32), params)
         return Totals(gradient, Seen(*[jnp.zeros(devices)] * len(Seen._fields)))
 
-    return jax.jit(zero, out_shardings=NamedSharding(mesh, PartitionSpec("data")))
+    return jax.jit(zero, out_shardings=rows(mesh))
 
 
 def one_update(trainer: Trainer, state: State) -> tuple[State, Seen]:

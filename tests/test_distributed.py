@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 import tiny
 
-from dpnb import training
+from dpnb import results, training
+from dpnb.cost import memory_of
+from dpnb.data import load
+from dpnb.photographs import write_folders
 from dpnb.update import make_trainer, one_update
 
 WORKER = """
@@ -22,7 +25,7 @@ port, rank, directory = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank, initialization_timeout=300)
 import numpy as np
 import tiny
-from dpnb import training
+from dpnb import data, training
 from dpnb.update import make_trainer, one_update
 trainer = make_trainer(tiny.experiment(augmult=1), tiny.data(), seed=5, model=tiny.Linear(), physical_batch_size=4)
 state = trainer.state
@@ -35,8 +38,17 @@ def train(**options):
     )
 stopped = train(stop_at_step=4)  # with a checkpoint that both processes write
 run = train()
-trained = np.asarray(run.ema_params["layer"]["kernel"].addressable_data(0), np.float64)
+trained = np.asarray(run.ema_params["layer"]["kernel"], np.float64)
+photographs = data.load("noise", data_dir=directory + "/data", image_size=8)  # each decodes its half
+streamed = [
+    training.train(
+        tiny.experiment(shard=shard), photographs, f"{directory}/photographs-{shard}", model=tiny.Linear()
+    )
+    for shard in (False, True)
+]
 print(json.dumps({
+    "streamed": [np.asarray(r.ema_params["layer"]["kernel"], np.float64).ravel().tolist() for r in streamed],
+    "streamed_accuracy": streamed[0].ema.accuracy,
     "devices": len(jax.devices()), "kernel": kernel.ravel().tolist(),
     "examples": float(seen.examples.addressable_data(0)), "stopped": stopped.steps, "steps": run.steps,
     "trained": trained.ravel().tolist(), "accuracy": run.ema.accuracy,
@@ -51,10 +63,18 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def photographs(root):
+    """Noise as JPEG files, from a folder of folders."""
+    write_folders(tiny.data(), root / "noise", side=12)
+    return load("noise", data_dir=root, image_size=8)
+
+
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """Of the run, on a disk that both processes see."""
-    return tmp_path_factory.mktemp("run")
+    """Of the run and the photographs, on a disk that both processes see."""
+    root = tmp_path_factory.mktemp("run")
+    photographs(root / "data")
+    return root
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +135,86 @@ def test_two_processes_make_the_run_of_one_device(two_processes, directory, tmp_
     assert [line["step"] for line in lines] == list(range(6))
     start = np.asarray(tiny.Linear().layer.kernel[...]).ravel()
     assert np.abs(alone - start).max() > 0.01
+
+
+def test_two_processes_train_on_photographs_as_one_device_does(two_processes, directory, tmp_path):
+    """Copied or divided state; each process decodes the rows of its own devices."""
+    first, second = two_processes
+    assert first == second
+    data = load("noise", data_dir=directory / "data", image_size=8)
+    run = training.train(tiny.experiment(), data, tmp_path, model=tiny.Linear(), devices=jax.devices()[:1])
+    alone = np.asarray(run.ema_params["layer"]["kernel"], np.float64).ravel()
+    for kernel in first["streamed"]:
+        np.testing.assert_allclose(kernel, alone, rtol=0, atol=1e-5)
+    assert first["streamed_accuracy"] == run.ema.accuracy
+
+
+def updates(data, devices, steps=2, **changes):
+    e = tiny.experiment(momentum=0.9, **changes)
+    trainer = make_trainer(
+        e, data, seed=5, model=tiny.Linear(), devices=jax.devices()[:devices], physical_batch_size=4
+    )
+    state, seen = trainer.state, None
+    for _ in range(steps):
+        state, seen = one_update(trainer, state)
+    return trainer, state, seen
+
+
+def assert_close(a, b):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=0, atol=2e-6), a, b
+    )
+
+
+def test_photographs_on_eight_devices_give_the_update_of_one(tmp_path):
+    """Each device gets the rows of its own; float32 rounding apart."""
+    data = photographs(tmp_path)
+    (_, one, seen_one), (_, eight, seen_eight) = updates(data, 1), updates(data, 8)
+    assert_close(one.params, eight.params)
+    assert float(seen_one.examples) == float(seen_eight.examples) > 0
+
+
+def test_divided_state_is_the_same_and_an_eighth_of_the_memory(tmp_path):
+    """Parameters, averages, momentum and noise: the kernel's 192 rows lie on eight devices, 24 on each."""
+    data = photographs(tmp_path)
+    (_, copied, _), (trainer, divided, _) = updates(data, 8), updates(data, 8, shard=True)
+    assert_close(copied, divided)
+    for tree in (divided.params, divided.ema, divided.optimizer[0].trace):
+        assert tree["layer"]["kernel"].addressable_data(0).shape == (24, 4)
+    assert divided.params["layer"]["bias"].is_fully_replicated  # 4 numbers, 8 devices
+    noise = trainer.update.lower(divided, trainer.zero()).compile().memory_analysis()
+    whole = updates(data, 8, steps=0)[0].update.lower(copied, trainer.zero()).compile().memory_analysis()
+    assert noise.output_size_in_bytes < 0.3 * whole.output_size_in_bytes
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_memory_per_device_does_not_grow_with_their_number(tmp_path, shard):
+    """Of one physical batch and of one update, at four photographs a device."""
+    data = photographs(tmp_path)
+
+    def memory(devices):
+        trainer, state, _ = updates(data, devices, steps=0, shard=shard)
+        totals = trainer.zero()
+        batch = trainer.feed.blank(trainer.physical_batch_size)
+        compiled = (
+            trainer.accumulate.lower(state.params, totals, *batch, jax.random.key(0)).compile(),
+            trainer.update.lower(state, totals).compile(),
+        )
+        return [memory_of(c) for c in compiled]
+
+    few, many = memory(2), memory(8)
+    assert all(b <= 1.02 * a + 4096 for a, b in zip(few, many, strict=True)), (few, many)
+
+
+def test_a_run_with_a_divided_state_resumes_and_is_saved(tmp_path):
+    data = photographs(tmp_path)
+
+    def train(directory, **options):
+        e = tiny.experiment(steps=4, shard=True)
+        return training.train(e, data, tmp_path / directory, model=tiny.Linear(), **options)
+
+    run = train("a")
+    train("b", stop_at_step=2)
+    again = train("b")
+    jax.tree.map(np.testing.assert_array_equal, run.ema_params, again.ema_params)
+    assert results.save(run, data, tmp_path / "a")["accuracy"]["ema"] == run.ema.accuracy

@@ -3,13 +3,13 @@
 import difflib
 import fnmatch
 
-from dpnb.experiments import cifar10, digits, finetuning, pretraining, studies
+from dpnb.experiments import cifar10, digits, finetuning, imagenet, pretraining, studies
 from dpnb.experiments.experiment import Experiment
 
 __all__ = ["PRESETS", "Experiment", "get", "names"]
 
 PRESETS = ("smoke", "teach", "colab", "paper")
-_FAMILIES = (cifar10, studies, pretraining, finetuning, digits)
+_FAMILIES = (cifar10, studies, pretraining, finetuning, imagenet, digits)
 # The changes that a preset makes to an experiment, by the module that registers it.
 _AT = {e.name: family.at for family in _FAMILIES for e in family.TABLE}
 _ALL = {e.name: e for family in _FAMILIES for e in family.TABLE}

@@ -57,6 +57,8 @@ class Experiment:
       form: of the clipped-gradient core, see `dpnb.clipping`; "auto" decides by memory. The result
         is the same but for rounding.
       remat: recompute residual blocks in the backward pass (NF-ResNets, NFNets): less memory, more time.
+      shard: divide parameters, averages, optimizer and noise over the devices, where a copy on each does
+        not fit; the result is the same.
       eval_every: updates between points of the curve; 0 evaluates only at the end.
       eval_examples: evaluation images for the curve (the end always uses all of them).
       preset: the scale of the run (smoke, teach, colab, paper).
@@ -96,6 +98,7 @@ class Experiment:
     physical_batch_size: int | None = None
     form: str = "auto"
     remat: bool = False
+    shard: bool = False
     eval_every: int = 100
     eval_examples: int = 10_000
     preset: str = "paper"
@@ -203,6 +206,7 @@ class Experiment:
             "physical_batch_size",
             "form",
             "remat",
+            "shard",
             "impossible",
         }
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in presentation}

@@ -34,16 +34,28 @@ TABLE = [
     _cell("cifar100", "cifar100", 40, 4, 50_000, _OURS.format("as its WRN-40-4 of CIFAR-100")),
     _cell("tiny-imagenet32", "tiny_imagenet32", 16, 4, 100_000, _OURS.format("a smaller public set")),
     _cell("textures", "textures", 16, 4, 60_000, _OURS.format("no real image at all, after Tang et al. 2023")),
+    _cell("textures-nf", "textures", 50, 1, 60_000, _OURS.format("no real image, for photographs")).replace(network="nf-resnet"),
+    _cell("places365", "places365_small", 50, 1, 1_803_460, _OURS.format("photographs that are not ImageNet's")).replace(
+        network="nf-resnet", image_size=224, augmult=1, compute_dtype="bfloat16",
+    ),
 ]  # fmt: skip
 
 
 def at(experiment: Experiment, preset: str) -> dict:
     """The changes that a preset makes: WRN-10-2 on CPUs, WRN-16-4 on a small GPU."""
-    cpu = dict(depth=10, width=2, expected_batch_size=256, learning_rate=0.1, physical_batch_size=32)
+    cpu = dict(expected_batch_size=256, learning_rate=0.1, physical_batch_size=32)
+    nf = experiment.network == "nf-resnet"
+    small, smallest = (
+        dict(depth=14, width=w) if nf else dict(depth=10, width=int(8 * w)) for w in (0.25, 0.125)
+    )
     steps = 1000 if experiment.dataset == "textures" else 2000  # about an hour on two cores
     return {
-        "smoke": dict(cpu, width=1, steps=12, expected_batch_size=128, eval_every=4, eval_examples=500),
-        "teach": dict(cpu, steps=steps, ema_decay=0.99, eval_every=250, eval_examples=2000),
-        "colab": dict(depth=16, width=4, steps=min(experiment.steps, 10_000), compute_dtype="bfloat16"),
+        "smoke": dict(cpu, **smallest, steps=12, expected_batch_size=128, eval_every=4, eval_examples=500),
+        "teach": dict(cpu, **small, steps=steps, ema_decay=0.99, eval_every=250, eval_examples=2000),
+        "colab": dict(
+            **({} if nf else dict(depth=16, width=4)),
+            steps=min(experiment.steps, 10_000),
+            compute_dtype="bfloat16",
+        ),
         "paper": {},
     }[preset]

@@ -63,6 +63,11 @@ _CC = "CC BY 4.0"
 _CENTRED = "2 x - 1 of pixels in [0, 1]; dpnb standardises instead, which the first layers must get used to"
 _IMAGENET = "mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225)"
 _STANDARD = "standardised as in dpnb.augment"
+_PHOTOGRAPHS = (
+    "ImageNet, the photographs of imagenet2012 (and so of imagenette, imagenet_resized, tiny_imagenet32)"
+)
+# Names that stand in the registry although nobody outside has the weights.
+UNRELEASED = ("nf-resnet-200-jft", "nfnet-f3-jft")
 WEIGHTS = {
     "wrn-10-2-tiny-imagenet32": Weights(
         "", "dpnb", "trained on ImageNet photographs: non-commercial research", "wrn-10-2", 200,
@@ -73,28 +78,28 @@ WEIGHTS = {
         AUTHORS + "WRN_40_4_CIFAR100.dill", "haiku", _CC, "wrn-40-4", 100, "CIFAR-100", _STANDARD
     ),
     "wrn-40-4-imagenet32": Weights(
-        AUTHORS + "WRN_40_4_IMAGENET32.dill", "haiku", _CC, "wrn-40-4", 1000, "ImageNet at 32x32", _CENTRED
+        AUTHORS + "WRN_40_4_IMAGENET32.dill", "haiku", _CC, "wrn-40-4", 1000, _PHOTOGRAPHS + ", at 32x32", _CENTRED
     ),
     "wrn-28-10-imagenet32": Weights(
-        AUTHORS + "WRN_28_10_IMAGENET32.dill", "haiku", _CC, "wrn-28-10", 1000, "ImageNet at 32x32", _CENTRED
+        AUTHORS + "WRN_28_10_IMAGENET32.dill", "haiku", _CC, "wrn-28-10", 1000, _PHOTOGRAPHS + ", at 32x32", _CENTRED
     ),
     **{
         f"nfnet-{size.lower()}-imagenet21k": Weights(
             f"gs://dm_jax_privacy/models/nfnet_{size.lower()}_im21k", "orbax", _CC, f"nfnet-{size}", 21_841,
-            "ImageNet-21k", _IMAGENET,
+            "ImageNet-21k, which contains " + _PHOTOGRAPHS, _IMAGENET,
         )
         for size in ("F0", "F1", "F3")
     },
     **{
         f"nfnet-{size.lower()}-imagenet": Weights(
             f"{TIMM}dm_nfnet_{size.lower()}.dm_in1k/resolve/main/model.safetensors", "timm", "Apache-2.0",
-            f"nfnet-{size}", 1000, "ImageNet", _IMAGENET,
+            f"nfnet-{size}", 1000, _PHOTOGRAPHS, _IMAGENET,
         )
         for size in ("F0", "F1", "F3")
     },
     "nf-resnet-50-imagenet": Weights(
         f"{TIMM}nf_resnet50.ra2_in1k/resolve/main/model.safetensors", "timm", "Apache-2.0", "nf-resnet-50",
-        1000, "ImageNet", _IMAGENET,
+        1000, _PHOTOGRAPHS, _IMAGENET,
     ),
 }  # fmt: skip
 
@@ -115,6 +120,8 @@ def load(name_or_path: str, cache: str | pathlib.Path = CACHE) -> Arrays:
 
 
 def _content(name: str, cache: str | pathlib.Path) -> bytes:
+    if name in UNRELEASED:
+        raise ValueError(f"{name}: networks that saw JFT-300M were never released; `dpnb list` has stand-ins")
     if name not in WEIGHTS:  # a name is never a file that happens to lie here
         path = pathlib.Path(name).expanduser()
         if path.is_file():
