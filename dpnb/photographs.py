@@ -6,6 +6,7 @@ worker processes, ahead of the device and in bounded memory.  Pillow, TFDS and G
 they are used.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -24,7 +25,7 @@ from dpnb import augment, sampling
 from dpnb.data import DataError, Dataset, Split, prepared, tfds_or_error
 from dpnb.files import write_whole
 
-HASHES = pathlib.Path("~/.cache/dpnb/hashes")  # of files, by size and time of change
+HASHES = "dpnb/hashes"  # below the user's cache: of files, by size and time of change
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 UNREADABLE = -1  # the label of an image that could not be read; its gradient is zero
 
@@ -282,16 +283,12 @@ class PhotographDataset(Dataset):
         return digest.hexdigest()
 
 
-def file_hashes(files: list[pathlib.Path], kept: str | pathlib.Path = HASHES) -> str:
-    """One SHA-256 (hex) over names and contents, in this order; those of unchanged files are remembered.
-
-    Args:
-      kept: directory of what is remembered, one file per directory of data.
-    """
-    digest = hashlib.sha256()
+def file_hashes(files: list[pathlib.Path]) -> str:
+    """One SHA-256 (hex) over names and contents, in this order; those of unchanged files are remembered."""
+    digest, kept = hashlib.sha256(), pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), HASHES)
     for directory, group in itertools.groupby(files, lambda path: path.parent):
         place = hashlib.sha256(str(directory.absolute()).encode()).hexdigest()[:32]
-        memory = pathlib.Path(kept).expanduser() / f"{place}.json"
+        memory = kept.expanduser() / f"{place}.json"
         try:
             known = json.loads(memory.read_text())
         except (OSError, ValueError):
@@ -305,8 +302,9 @@ def file_hashes(files: list[pathlib.Path], kept: str | pathlib.Path = HASHES) ->
                     known[key] = hashlib.file_digest(file, "sha256").hexdigest()
             fresh[key] = known[key]
             digest.update(f"{directory.name}/{path.name} {fresh[key]}\n".encode())
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(memory, json.dumps(fresh))
+        with contextlib.suppress(OSError):  # another process writes the same, or nothing may be written
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(memory, json.dumps(fresh))
     return digest.hexdigest()
 
 

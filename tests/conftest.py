@@ -1,7 +1,10 @@
 """Eight simulated CPU devices, set before JAX starts, and the fixtures that tests ask for by name."""
 
 import os
+import tempfile
 
+_cache = tempfile.TemporaryDirectory(prefix="dpnb-cache-")
+os.environ["XDG_CACHE_HOME"] = _cache.name  # what tests remember is forgotten with them
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 

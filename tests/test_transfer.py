@@ -176,7 +176,7 @@ def test_weights_that_saw_the_private_images_are_refused(tmp_path):
      ("tiny_imagenet32", "Tiny ImageNet 32, as pretrain/tiny", True), ("imagenet", "ImageNet at 32x32", False)],
 )  # fmt: skip
 def test_data_sets_are_known_by_name_however_spelt(name, text, there):
-    assert pretrained._names(name, text) == there
+    assert pretrained.names(name, text) == there
 
 
 SCRATCH = dict(network="wrn", depth=10, width=1, steps=1, augmult=0, eval_every=0, physical_batch_size=8)

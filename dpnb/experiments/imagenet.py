@@ -93,35 +93,20 @@ def at(experiment: Experiment, preset: str) -> dict:
     """
     if preset == "paper":
         return {}
-    e, small = (
-        experiment,
-        dict(network="nf-resnet", depth=14, width=0.25, image_size=64, compute_dtype="float32"),
-    )
+    e = experiment
+    small = dict(network="nf-resnet", depth=14, width=0.25, image_size=64, compute_dtype="float32")
     if e.pretrained:
         small["pretrained"] = "nf-resnet-14-textures"
     if e.trainable == "classifier":
         size = {"smoke": 40, "teach": 200, "colab": 10_000}[preset]
-        return small | dict(
-            steps=50, expected_batch_size=size, physical_batch_size=min(size, 200), eval_every=10
-        )
-    return (
-        small
-        | {
-            "smoke": dict(steps=3, expected_batch_size=16, augmult=2, physical_batch_size=4, eval_every=1),
-            "teach": dict(
-                steps=60,
-                expected_batch_size=100,
-                augmult=2,
-                physical_batch_size=4,
-                eval_every=10,
-                ema_decay=0.9,
-            ),
-            "colab": dict(
-                depth=50, width=0.5, image_size=128, steps=1000, expected_batch_size=2048, ema_decay=0.999
-            )
-            | ({} if not e.pretrained else dict(depth=14, width=0.25)),
-        }[preset]
-    )
+        physical = min(size, 200)
+        return small | dict(steps=50, expected_batch_size=size, physical_batch_size=physical, eval_every=10)
+    if preset == "colab":
+        large = {} if e.pretrained else dict(depth=50, width=0.5, image_size=128)
+        return small | dict(steps=1000, expected_batch_size=2048, ema_decay=0.999) | large
+    size, steps, every = {"smoke": (16, 3, 1), "teach": (100, 60, 10)}[preset]
+    small |= dict(steps=steps, expected_batch_size=size, eval_every=every, learning_rate=0.5, ema_decay=0.9)
+    return small | dict(augmult=2, physical_batch_size=4)
 
 
 def device_hours(experiment: Experiment) -> float:

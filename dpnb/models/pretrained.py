@@ -74,6 +74,10 @@ WEIGHTS = {
         "Tiny ImageNet, averaged to 32x32", _STANDARD,
         "c6bab11ca9e2a6ddce3a5ea846327c9527faa9d71e6c0698554e381b6629e8bb",
     ),
+    "wrn-10-2-textures": Weights(
+        "", "dpnb", "Apache-2.0", "wrn-10-2", 192, "random textures, no photograph at all", _STANDARD,
+        "2aa676caf7e04859498f4006f07d8d60d72ed8f7d4b373938fbae5b37612b181",
+    ),
     "wrn-40-4-cifar100": Weights(
         AUTHORS + "WRN_40_4_CIFAR100.dill", "haiku", _CC, "wrn-40-4", 100, "CIFAR-100", _STANDARD
     ),
@@ -202,7 +206,7 @@ def used(experiment: Experiment, private: Dataset | None = None) -> dict[str, st
     if not experiment.pretrained:
         return None
     content, seen = identity(load(experiment.pretrained)), saw(experiment.pretrained)
-    if private is not None and (private.fingerprint in seen or _names(private.name, seen)):
+    if private is not None and (private.fingerprint in seen or names(private.name, seen)):
         raise ValueError(
             f"{experiment.name}: public weights must not have seen the private data ({private.name}), got "
             f"{experiment.pretrained}, trained on {seen}; take others, or train from scratch"
@@ -210,10 +214,10 @@ def used(experiment: Experiment, private: Dataset | None = None) -> dict[str, st
     return {"weights": pathlib.Path(experiment.pretrained).name, "sha256": content, "saw": seen}
 
 
-def _names(name: str, text: str) -> bool:
+def names(name: str, text: str) -> bool:
     """Is a data set named in a text, however it is spelt?
 
-    >>> _names("cifar10", "CIFAR-10, as it was"), _names("cifar10", "CIFAR-100")
+    >>> names("cifar10", "CIFAR-10, as it was"), names("cifar10", "CIFAR-100")
     (True, False)
     """
     name, text = (re.sub(r"[-_ ]", "", x.lower()) for x in (name, re.sub(r"[,;(] *", " | ", text)))
