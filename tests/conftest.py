@@ -3,8 +3,7 @@
 import os
 import tempfile
 
-_cache = tempfile.TemporaryDirectory(prefix="dpnb-cache-")
-os.environ["XDG_CACHE_HOME"] = _cache.name  # what tests remember is forgotten with them
+os.environ["XDG_CACHE_HOME"] = os.path.join(tempfile.gettempdir(), "dpnb-tests")  # not the user's
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 

@@ -43,6 +43,25 @@ def python(*arguments, timeout: float = 900) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
+def execute(name, folder, **given):
+    """Papermill runs notebooks/NAME at preset smoke: the outputs, and all the text in them."""
+    import nbformat
+    import yaml
+
+    folder.mkdir(exist_ok=True)
+    (folder / "parameters.yaml").write_text(
+        yaml.safe_dump({"preset": "smoke", "output_dir": str(folder), **given})
+    )
+    executed = folder / pathlib.Path(name).name
+    done = python(
+        "-m", "papermill", NOTEBOOK.parent / name, executed, "-f", folder / "parameters.yaml",
+        "--cwd", folder, "--no-progress-bar", "-k", "python3",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    outputs = [o for cell in nbformat.read(executed, 4).cells for o in cell.get("outputs", ())]
+    return outputs, "".join(o.get("text", "") + o.get("data", {}).get("text/markdown", "") for o in outputs)
+
+
 @functools.cache
 def demo() -> types.SimpleNamespace:
     """`dpnb run digits/demo`, three updates long: its output directory, what it printed, how it ended."""

@@ -1,131 +1,292 @@
-"""An attack on the whole update, and on three broken ones: is the stated epsilon believable?
+"""The audit: its bounds on mechanisms whose epsilon is known, and its verdict on our trainer, sound and broken.
 
-Two worlds, with and without a canary whose gradient is huge. A thousand one-step runs in each,
-every one with its own seed; the attacker looks at how far the parameters moved along the
-canary's gradient. Half of the runs choose the threshold, the other half measure the attack's
-rates, whose Clopper-Pearson bounds give a lower bound of epsilon. The right update is wrongly
-accused with 1 % of the choices of seeds at most; the seeds are fixed, so it is not by chance.
+Where random numbers decide, their seeds are fixed and the false-alarm rate is stated: a bound at confidence
+99 % is wrong for at most 1 % of the choices of seeds. Most trainers are audited with 6,000 one-step runs.
 """
 
 import dataclasses
-import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from flax import nnx
 from scipy import stats
 
-from dpnb import privacy, update
+from dpnb import audit, privacy, update
 from dpnb.clipping import ClippedGrad
 from dpnb.data import Dataset, Split
 from dpnb.noise import add_noise
-from dpnb.sampling import Poisson
 
-RUNS, Q, SIGMA, DELTA, CONFIDENCE = 1000, 0.5, 1.0, 1e-2, 0.99
-CANARY = 3
-
-
-def dataset() -> Dataset:
-    """Three grey images whose gradients are small, and the canary: white, of another class."""
-    images = np.full((4, 8, 8, 3), 123, np.uint8)
-    images[CANARY] = 255
-    split = Split(images, np.array([1, 1, 2, 0], np.int32))
-    return Dataset("canary", split, split, tuple("abcd"))
-
-
-@dataclasses.dataclass(frozen=True)
-class WithoutCanary:
-    sampler: Poisson
-
-    def indices(self, step):
-        drawn = self.sampler.indices(step)
-        return drawn[drawn != CANARY]
-
-
-def change(trainer, key, sampler) -> np.ndarray:
-    trainer = dataclasses.replace(trainer, sampler=sampler)
-    state, _ = update.one_update(trainer, trainer.state._replace(key=key))
-    return np.concatenate([
-        np.ravel(np.asarray(a) - np.asarray(b))
-        for a, b in zip(jax.tree.leaves(trainer.state.params), jax.tree.leaves(state.params), strict=True)
-    ])  # fmt: skip
-
-
-def measured_epsilon(fixed_key: bool = False) -> float:
-    """A lower bound of epsilon of one update at DELTA, with CONFIDENCE."""
-    experiment = tiny.experiment(
-        augmult=0, noise_multiplier=SIGMA, expected_batch_size=2, clip_norm=0.1, epsilon=100.0
-    )
-    trainer = update.make_trainer(
-        experiment, dataset(), seed=0, model=tiny.Linear(), devices=jax.devices()[:1], physical_batch_size=4
-    )
-    totals = trainer.accumulate(*update.inputs(
-        trainer, trainer.state, trainer.zero(), np.full(4, CANARY, np.int32), np.arange(4) < 1,
-        update.step_keys(trainer.state.key, 0)[0],
-    ))  # fmt: skip
-    direction = np.concatenate([np.ravel(x) for x in jax.tree.leaves(totals.gradient)])
-    direction = direction / np.linalg.norm(direction)
-    scores = []
-    for world in (0, 1):
-        for n in range(RUNS):
-            seed = 1 + n + RUNS * world
-            key = update.root_key(0 if fixed_key else seed)
-            sampler = Poisson(4, Q, seed)
-            scores.append(change(trainer, key, sampler if world else WithoutCanary(sampler)) @ direction)
-    return bound(*np.reshape(scores, (2, RUNS)))
-
-
-def bound(without: np.ndarray, with_: np.ndarray) -> float:
-    half = RUNS // 2
-    thresholds = np.unique(np.concatenate([without[:half], with_[:half]]))
-    guesses = [rates(without[:half], with_[:half], t) for t in thresholds]
-    threshold = thresholds[int(np.argmax(guesses))]
-    return max(0.0, rates(without[half:], with_[half:], threshold))
-
-
-def rates(without, with_, threshold) -> float:
-    """log((true positive rate - delta) / false positive rate), each at its Clopper-Pearson bound."""
-    miss = (1 - CONFIDENCE) / 2
-    false, true, n = np.sum(without >= threshold), np.sum(with_ >= threshold), len(without)
-    upper = stats.beta.ppf(1 - miss, false + 1, n - false) if false < n else 1.0
-    lower = stats.beta.ppf(miss, true, n - true + 1) if true else 0.0
-    return math.log((lower - DELTA) / upper) if lower > DELTA else -math.inf
-
-
+RUNS, SIGMA, Q, DELTA, CANARY, N = 3000, 1.0, 0.5, 1e-2, 0, 8
 STATED = privacy.epsilon(privacy.Mechanism(SIGMA, Q), 1, DELTA)
+GREY = (125, 123, 114)  # normalised: nearly zero
 
 
-def test_the_update_keeps_its_promise():
-    """And the attack is a real one: it finds at least a quarter of the stated epsilon."""
-    found = measured_epsilon()
-    print(f"stated {STATED:.3f}, measured at least {found:.3f}")
-    assert STATED / 4 < found < STATED
+class Linear(nnx.Module):
+    """192 pixels -> 4 logits, all parameters zero at first."""
+
+    def __init__(self):
+        self.kernel = nnx.Param(jnp.zeros((192, tiny.CLASSES)))
+
+    def __call__(self, images):
+        return images.reshape(len(images), -1) @ self.kernel[...]
+
+
+def dataset(images, labels) -> Dataset:
+    split = Split(images.reshape(-1, 8, 8, 3).astype(np.uint8), np.asarray(labels, np.int32))
+    return Dataset("canaries", split, split, tuple("abcd"))
+
+
+def one_canary(n: int = N, pixel: int = 255, **changes) -> update.Trainer:
+    """Grey images whose gradients are nearly zero, and the canary: white, of another class."""
+    images = np.tile(GREY, (n, 64))
+    images[CANARY] = pixel
+    labels = np.arange(n) != CANARY
+    return trainer(dataset(images, labels), expected_batch_size=n // 2, physical_batch_size=n, **changes)
+
+
+def many_canaries(**changes) -> update.Trainer:
+    """Grey images, each with one bright pixel of its own: 192 canaries with orthogonal gradients."""
+    images = np.tile(GREY, (192, 64))
+    np.fill_diagonal(images, 255)
+    data = dataset(images, np.zeros(192))
+    return trainer(data, expected_batch_size=192, physical_batch_size=64, clip_norm=0.1, **changes)
+
+
+def trainer(data, *, physical_batch_size, **changes) -> update.Trainer:
+    fields = dict(augmult=0, noise_multiplier=SIGMA, clip_norm=1.0, epsilon=100.0) | changes
+    devices = jax.devices()[:1]
+    return update.make_trainer(
+        tiny.experiment(**fields), data, seed=0, model=Linear(), devices=devices,
+        physical_batch_size=physical_batch_size,
+    )  # fmt: skip
+
+
+def measured(trainer, **how) -> float:
+    bound = audit.two_worlds_bound(*audit.two_worlds(trainer, CANARY, RUNS, **how), delta=DELTA)
+    print(f"stated {STATED:.3f}, measured {bound}")
+    return bound.epsilon
+
+
+def no_clipping(patch):
+    patch.setattr(ClippedGrad, "_factor", lambda self, norms: 1 / self.clip_norm + 0 * norms)
+
+
+def noise_times(patch, factor: float):
+    patch.setattr(update, "add_noise", lambda total, key, std: add_noise(total, key, factor * std))
+
+
+def with_update(trainer, change) -> update.Trainer:
+    return dataclasses.replace(trainer, update=lambda state, totals: change(trainer.update, state, totals))
+
+
+def always_the_same_key(update_, state, totals):
+    return update_(state._replace(key=jnp.zeros(2, jnp.uint32)), totals)
+
+
+def divided_by_the_realised_batch(update_, state, totals):
+    new, seen = update_(state, totals)
+    factor = 1 / jnp.maximum(totals.seen.examples.sum(), 1)  # and by 1, the expected one, before
+    params = jax.tree.map(lambda a, b: a + (b - a) * factor, state.params, new.params)
+    return new._replace(params=params), seen
+
+
+# The trainer, in two worlds.
+
+
+def test_the_trainer_keeps_its_promise():
+    """And the attack is a real one: it finds at least a third of the stated epsilon."""
+    assert STATED / 3 < measured(one_canary()) <= STATED
 
 
 def test_missing_clipping_is_caught(monkeypatch):
-    monkeypatch.setattr(ClippedGrad, "_factor", lambda self, norms: 1 / self.clip_norm + 0 * norms)
-    found = measured_epsilon()
-    print(f"stated {STATED:.3f}, measured at least {found:.3f}")
-    assert found > STATED
+    no_clipping(monkeypatch)
+    assert measured(one_canary()) > STATED
 
 
 def test_half_the_noise_is_caught(monkeypatch):
-    monkeypatch.setattr(update, "add_noise", lambda total, key, std: add_noise(total, key, std / 2))
-    found = measured_epsilon()
-    print(f"stated {STATED:.3f}, measured at least {found:.3f}")
-    assert found > STATED
+    noise_times(monkeypatch, 1 / 2)
+    assert measured(one_canary()) > STATED
+
+
+def test_noise_for_the_mean_on_the_sum_is_caught(monkeypatch):
+    """Divided by the expected batch size of 4 once too often."""
+    noise_times(monkeypatch, 1 / 4)
+    broken = one_canary(learning_rate=1.0)
+    moved = audit.moves(broken, 20, 1, range(N))  # nobody is in: all noise
+    assert np.std(moved) == pytest.approx(SIGMA / 4 / 4, rel=0.05)  # 8 standard deviations
+    assert measured(broken) > STATED
 
 
 def test_a_key_that_is_used_again_is_caught():
-    found = measured_epsilon(fixed_key=True)
-    print(f"stated {STATED:.3f}, measured at least {found:.3f}")
-    assert found > STATED
+    assert measured(with_update(one_canary(), always_the_same_key)) > STATED
+
+
+def test_dividing_by_the_realised_batch_size_is_caught_by_the_length_of_the_update():
+    """768 coordinates tell the scale of the noise to 3 %, so whether one example or two were in."""
+    shorter = dict(score=lambda moved: -np.linalg.norm(moved[:, 0], axis=1))
+    assert measured(with_update(one_canary(n=2), divided_by_the_realised_batch), **shorter) > STATED
+    assert measured(one_canary(n=2), **shorter) <= STATED
+
+
+def test_runs_side_by_side_are_those_of_one_update():
+    trainer, runs, seed = one_canary(), 5, 7
+    without, with_ = audit.two_worlds(trainer, CANARY, runs, steps=3, seed=seed, score=lambda x: x.sum(1))
+    for n in range(runs):
+        np.testing.assert_allclose(
+            without[n], audit.moves(trainer, 3, seed + 2 * n, [CANARY]).sum(0), atol=1e-5
+        )
+        np.testing.assert_allclose(with_[n], audit.moves(trainer, 3, seed + 2 * n + 1).sum(0), atol=1e-5)
+
+
+def test_excluded_examples_leave_no_trace():
+    white, black = one_canary(pixel=255), one_canary(pixel=0)
+    for seed in range(10):
+        np.testing.assert_array_equal(*[audit.moves(t, 2, seed, [CANARY]) for t in (white, black)])
+    drawn = [CANARY in dataclasses.replace(white.sampler, seed=s).indices(0) for s in range(10)]
+    seen = [np.abs(audit.moves(white, 1, s) - audit.moves(black, 1, s)).max() > 1e-3 for s in range(10)]
+    assert drawn == seen and 0 < sum(drawn) < 10
+
+
+def test_two_worlds_need_one_physical_batch():
+    with pytest.raises(ValueError, match="one physical batch must hold the whole training set, got 192"):
+        audit.two_worlds(many_canaries(), CANARY, 10)
+
+
+# The trainer, in one run.
+
+
+def one_run(trainer) -> float:
+    included, scores = audit.one_run(trainer, range(192), steps=1)
+    bound = audit.one_run_bound(included, scores, high=24, low=24, delta=1e-4)
+    print(f"stated {ONE_RUN_STATED:.3f}, measured {bound}")
+    return bound.epsilon
+
+
+ONE_RUN_SIGMA = 2.0
+ONE_RUN_STATED = privacy.epsilon(privacy.Mechanism(ONE_RUN_SIGMA, 1.0), 1, 1e-4)
+
+
+def test_one_run_of_the_trainer_keeps_its_promise():
+    assert one_run(many_canaries(noise_multiplier=ONE_RUN_SIGMA)) <= ONE_RUN_STATED
+
+
+def test_one_run_catches_missing_clipping(monkeypatch):
+    no_clipping(monkeypatch)
+    assert one_run(many_canaries(noise_multiplier=ONE_RUN_SIGMA)) > ONE_RUN_STATED
+
+
+def test_one_run_catches_an_eighth_of_the_noise(monkeypatch):
+    noise_times(monkeypatch, 1 / 8)
+    assert one_run(many_canaries(noise_multiplier=ONE_RUN_SIGMA)) > ONE_RUN_STATED
+
+
+# The bounds, on mechanisms whose epsilon is known.
+
+
+def false_alarms(bounds, epsilon) -> int:
+    return sum(b.epsilon > epsilon for b in bounds)
+
+
+def most_alarms(audits: int, confidence: float) -> int:
+    """More of a sound mechanism have probability 1e-6, if each has 1 - confidence."""
+    return int(stats.binom.isf(1e-6, audits, 1 - confidence))
+
+
+def randomised_response(rng, m, epsilon):
+    """Coins, and answers that are true with probability e^epsilon / (1 + e^epsilon)."""
+    coins = rng.random(m) < 0.5
+    return coins, np.where(rng.random(m) < 1 / (1 + np.exp(-epsilon)), coins, ~coins)
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.5, 2.0])
+def test_one_run_bound_has_its_confidence_and_is_not_idle(epsilon):
+    """Randomised response is the worst case of the theorem: about 10 % of the bounds at 90 % are too high."""
+    rng, bounds = np.random.default_rng(0), []
+    for _ in range(500):
+        coins, answers = randomised_response(rng, 200, epsilon)
+        bounds.append(audit.one_run_bound(coins, answers, high=50, low=50, delta=0.0, confidence=0.9))
+    assert 25 < false_alarms(bounds, epsilon) <= most_alarms(500, 0.9)
+
+
+@pytest.mark.parametrize("epsilon", [0.5, 2.0])
+def test_one_run_bound_comes_near_with_many_canaries(epsilon):
+    coins, answers = randomised_response(np.random.default_rng(0), 100_000, epsilon)
+    bound = audit.one_run_bound(coins, answers, high=40_000, low=40_000, delta=1e-7)
+    assert epsilon - 0.1 < bound.epsilon <= epsilon
+
+
+def test_the_correction_for_delta_is_needed_and_enough():
+    """All coins shown with probability delta is (0, delta)-private, and then every guess is right."""
+    delta, m = 0.02, 20
+    assert audit.p_value(m, m, m, 0.0, 0.0) < delta <= audit.p_value(m, m, m, 0.0, delta)
+
+
+def test_the_correction_for_delta_covers_randomised_response_that_sometimes_tells_all():
+    """With probability delta everything, else randomised response: (epsilon, delta)-private at most."""
+    epsilon, delta, m, r = 1.0, 0.01, 40, 20
+    p = 1 / (1 + np.exp(-epsilon))
+    for right in range(r + 1):
+        exact = delta + (1 - delta) * stats.binom.sf(right - 1, r, p)
+        assert exact <= audit.p_value(right, r, m, epsilon, delta) + 1e-12
+
+
+def gaussian(rng, runs, mu):
+    return rng.normal(size=runs), rng.normal(size=runs) + mu
+
+
+def test_two_worlds_bound_has_its_confidence_and_comes_near():
+    """The Gaussian mechanism at sigma 1, whose epsilon is known."""
+    rng, epsilon = np.random.default_rng(0), privacy.epsilon(privacy.Mechanism(1.0, 1.0), 1, 1e-2)
+    bounds = [
+        audit.two_worlds_bound(*gaussian(rng, 400, 1.0), delta=1e-2, confidence=0.9) for _ in range(200)
+    ]
+    assert false_alarms(bounds, epsilon) <= most_alarms(200, 0.9)
+    near = audit.two_worlds_bound(*gaussian(rng, 200_000, 1.0), delta=1e-2).epsilon
+    assert 0.9 * epsilon < near <= epsilon
+
+
+def test_two_worlds_bound_sees_who_is_missing_as_well():
+    """No score is high in one world only, but low ones are: guess "without" there."""
+    rng = np.random.default_rng(0)
+    without, with_ = 1.2 * rng.random(4000) - 0.2, rng.random(4000)
+    assert audit.two_worlds_bound(without, with_, delta=1e-2).epsilon > 3
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.5, 1.0])
-def test_the_bound_itself_accuses_nobody(rate):
-    """Two worlds that are the same give a bound of zero."""
+def test_two_worlds_that_are_the_same_accuse_nobody(rate):
     rng = np.random.default_rng(0)
-    same = rng.normal(size=(2, RUNS)) + 10 * (rng.random((2, RUNS)) < rate)
-    assert bound(*same) == 0.0
+    same = rng.normal(size=(2, 1000)) + 10 * (rng.random((2, 1000)) < rate)
+    assert audit.two_worlds_bound(*same, delta=DELTA).epsilon == 0.0
+
+
+def test_a_bound_says_what_it_rests_on():
+    bound = audit.two_worlds_bound(np.zeros(100), np.ones(100), delta=0.01)
+    assert str(bound) == (
+        f"epsilon >= {bound.epsilon:.3f} at delta = 0.01, 99 % confidence (50 of 50 true, 0 of 50 false positives)"
+    )
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (dict(high=0), "1 to m guesses in all"),
+    (dict(high=3, low=2), r"got \(4,\), \(4,\) and 3 \+ 2 guesses"),
+    (dict(high=1, delta=0.2), r"below 1 / \(2 \* 4 canaries\), got 0.2"),
+    (dict(high=1, confidence=1.0), r"got 0.0 and 1.0"),
+    (dict(high=1, scores=[0, 1, 2]), "included and scores must be"),
+    (dict(high=1, scores=[0, 1, 2, np.nan]), "none of them NaN"),
+])  # fmt: skip
+def test_one_run_bound_refuses(arguments, said):
+    given = dict(included=[True, False, True, False], scores=[3, 2, 1, 0], delta=0.0) | arguments
+    with pytest.raises(ValueError, match=said):
+        audit.one_run_bound(**given)
+
+
+def test_two_worlds_bound_refuses():
+    with pytest.raises(ValueError, match="at least 4 runs, got 3 and 4"):
+        audit.two_worlds_bound(np.zeros(3), np.ones(4), delta=0.1)
+    with pytest.raises(ValueError, match="NaN"):
+        audit.two_worlds_bound(np.full(4, np.nan), np.ones(4), delta=0.1)
+    with pytest.raises(ValueError, match="delta"):
+        audit.two_worlds_bound(np.zeros(4), np.ones(4), delta=1.0)

@@ -4,7 +4,8 @@ import json
 
 import nbformat
 import shared_runs
-from test_studies import CHANGES, execute
+from shared_runs import execute
+from test_studies import CHANGES
 
 from dpnb.models import pretrained
 
@@ -61,6 +62,7 @@ def test_all_notebooks_are_executed_somewhere():
     from test_studies import PATTERNS
 
     mine = {"pretrain_public.ipynb", "cifar_finetune.ipynb", "cifar_no_public_images.ipynb"}
+    mine |= {"imagenet_from_scratch.ipynb", "imagenet_finetune.ipynb"}  # in test_imagenet.py
     folder = shared_runs.NOTEBOOK.parent
     assert {path.name for path in folder.glob("*.ipynb")} == {*PATTERNS, *mine, shared_runs.NOTEBOOK.name}
     assert all(nbformat.read(folder / name, 4).cells for name in mine)

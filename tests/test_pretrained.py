@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save
 
-from dpnb.models import WideResNet, functional, pretrained
+from dpnb.models import NFResNet, WideResNet, functional, pretrained
 from dpnb.results import flatten
 from dpnb.verification import unflatten
 
@@ -207,7 +207,11 @@ def test_ours_come_with_the_checkout_and_with_their_hash(tmp_path, monkeypatch):
     ours_ = {name: weights for name, weights in pretrained.WEIGHTS.items() if not weights.url}
     assert "wrn-10-2-tiny-imagenet32" in ours_
     for name, weights in ours_.items():
-        params, _ = functional(WideResNet(*weights.shape, weights.num_classes, rngs=nnx.Rngs(0)))
+        if weights.network == "nf-resnet-14":  # a quarter as wide
+            model = NFResNet(14, weights.num_classes, width=0.25, rngs=nnx.Rngs(0))
+        else:
+            model = WideResNet(*weights.shape, weights.num_classes, rngs=nnx.Rngs(0))
+        params, _ = functional(model)
         made = pretrained.load(name)
         assert {k: v.shape for k, v in made.items()} == {k: v.shape for k, v in flatten(params).items()}
         assert len(pretrained.identity(made)) == 64

@@ -2,9 +2,9 @@
 
 import json
 
-import nbformat
 import pytest
 import shared_runs
+from shared_runs import execute
 
 from dpnb.experiments import studies
 
@@ -27,24 +27,6 @@ def test_every_study_has_a_notebook():
     assert set(PATTERNS) == {*studies.STUDIES.values(), "cifar10_table.ipynb"}
     assert all((folder / name).exists() for name in PATTERNS)
     assert {path.name for path in folder.glob("cifar10_*.ipynb")} == {*PATTERNS, "cifar10_from_scratch.ipynb"}
-
-
-def execute(name, folder, **given):
-    """The executed notebook's outputs and all the text in them."""
-    import yaml
-
-    folder.mkdir(exist_ok=True)
-    (folder / "parameters.yaml").write_text(
-        yaml.safe_dump({"preset": "smoke", "output_dir": str(folder), **given})
-    )
-    executed = folder / name
-    done = shared_runs.python(
-        "-m", "papermill", shared_runs.NOTEBOOK.parent / name, executed, "-f", folder / "parameters.yaml",
-        "--cwd", folder, "--no-progress-bar", "-k", "python3",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    outputs = [o for cell in nbformat.read(executed, 4).cells for o in cell.get("outputs", ())]
-    return outputs, "".join(o.get("text", "") + o.get("data", {}).get("text/markdown", "") for o in outputs)
 
 
 @pytest.mark.parametrize("name", PATTERNS)
