@@ -8,27 +8,29 @@ import jax.numpy as jnp
 
 from dpnb.data import Dataset
 from dpnb.experiments.experiment import Experiment
-from dpnb.update import Trainer, call_size, make_trainer, step_keys
+from dpnb.update import Trainer, call_size, make_trainer, memory_limit, step_keys
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
     """views and flops of the whole run (forward and backward, one multiply-add is two);
     memory in bytes per device (XLA's figure for one physical batch, and what stays);
-    seconds of training on this device; physical batch size in examples per device."""
+    seconds of training on this device; physical batch size in examples per device; form: of the
+    clipped gradient, and why."""
 
     views: float
     flops: float
     memory: int
     seconds: float
     physical_batch_size: int
+    form: str = ""
 
     def __str__(self) -> str:
         minutes = self.seconds / 60
         time_ = f"{minutes:.1f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours"
         return (
             f"{self.views:.3g} views, {self.flops:.3g} FLOP, {self.memory / 2**20:.0f} MiB per device "
-            f"(physical batches of {self.physical_batch_size} examples), about {time_} of training"
+            f"(physical batches of {self.physical_batch_size} examples), about {time_} of training; {self.form}"
         )
 
 
@@ -62,7 +64,14 @@ def predict(experiment: Experiment, data: Dataset, repeats: int = 3) -> Cost:
     per_update = batches * min(batch_seconds[1:]) + update_seconds
     views = experiment.steps * experiment.expected_batch_size * max(experiment.augmult, 1)
     memory = memory_of(compiled)
-    return Cost(views, views * flops_per_view(trainer, data), memory, experiment.steps * per_update, size)
+    return Cost(
+        views,
+        views * flops_per_view(trainer, data),
+        memory,
+        experiment.steps * per_update,
+        size,
+        trainer.form,
+    )
 
 
 def flops_per_view(trainer, data: Dataset) -> float:
@@ -114,5 +123,4 @@ def _masked_batch(trainer: Trainer, size: int) -> tuple:
 
 def free_memory(device: jax.Device) -> int:
     """Free bytes on the device, 8 GiB where it does not say."""
-    stats = device.memory_stats() or {}
-    return stats.get("bytes_limit", 8 * 2**30) - stats.get("bytes_in_use", 0)
+    return memory_limit(device) - (device.memory_stats() or {}).get("bytes_in_use", 0)

@@ -9,6 +9,7 @@ import os
 import pathlib
 import platform
 import subprocess
+import sys
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -67,6 +68,7 @@ def record(run: Run, data: Dataset) -> dict[str, Any]:
         "seconds": run.seconds,
         "devices": run.devices,
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
+        "peak_memory_mib": peak_memory_mib(),
         "versions": {"python": platform.python_version(), **versions()},
         "git_revision": git_revision(),
         "stopped": run.stopped,
@@ -74,6 +76,16 @@ def record(run: Run, data: Dataset) -> dict[str, Any]:
         "curve": [{k: finite(v) for k, v in point.items()} for point in run.history],
         "ledger": run.events,
     }
+
+
+def peak_memory_mib() -> int | None:
+    """The most host memory that this process has held so far, MiB; None where nobody says."""
+    try:
+        import resource
+    except ImportError:  # not on this system
+        return None
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
+    return round(kib / 1024)
 
 
 def save(run: Run, data: Dataset, directory: str | pathlib.Path) -> dict[str, Any]:

@@ -135,7 +135,9 @@ def train(
     fingerprint = experiment.fingerprint(data=data.fingerprint, custom=custom, **origin)
     used = jax.devices() if devices is None else devices
     hardware = f"{len(used)} x {used[0].device_kind}, jax {jax.__version__}"
-    computer = f"{hardware}, {call_size(experiment)} examples a call, {code()}"
+    knobs = {name: getattr(experiment, name) for name in ("form", "remat", "shard")}
+    rounding = "".join(f", {k} {v}" for k, v in knobs.items() if v not in ("auto", False))
+    computer = f"{hardware}, {call_size(experiment)} examples a call{rounding}, {code()}"
     if jax.process_index() == 0:  # which may have to write what the others read
         run_seed(directory, experiment.seed)
         salt(directory, computer)

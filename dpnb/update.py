@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from dpnb import augment, sampling
-from dpnb.clipping import ClippedGrad, clipped_grad
+from dpnb.clipping import ClippedGrad, choose_form, clipped_grad
 from dpnb.data import Dataset
 from dpnb.experiments.experiment import Experiment
 from dpnb.feeding import Resident, Streamed, make_feed
@@ -72,6 +72,7 @@ class Trainer:
     sampler: sampling.Poisson | sampling.Shuffle
     apply: Callable[[PyTree, jax.Array], jax.Array]
     grad: ClippedGrad
+    form: str  # of the gradient, and why, in words
     mesh: jax.sharding.Mesh
     state: State  # before the first update
     feed: Resident | Streamed  # of the training images
@@ -202,12 +203,17 @@ def make_trainer(
     physical = physical_batch_size or call_size(experiment)
     micro = microbatch(experiment.augmult)
     split = devices[0].platform == "cpu" and physical % micro == 0 and not experiment.on_features
+    alive = min(micro, physical) if split else physical
+    form, why = choose_form(params, alive, memory_limit(devices[0]))
+    if experiment.form != "auto":
+        form, why = experiment.form, "asked for"
     grad = clipped_grad(
         make_loss(apply),
         experiment.clip_norm,
         rescale_to_unit_norm=rescale,
         has_aux=True,
         microbatch_size=micro if split else None,
+        form=form,
     )
     if experiment.sampler == "poisson":
         sampler = sampling.Poisson(n, experiment.expected_batch_size / n, seed)
@@ -222,6 +228,7 @@ def make_trainer(
         sampler=sampler,
         apply=apply,
         grad=grad,
+        form=f"{form} gradients ({why})",
         mesh=mesh,
         state=jax.tree.map(put, state, places),
         feed=feed,
@@ -230,6 +237,11 @@ def make_trainer(
         accumulate=make_accumulate(grad, experiment.augmult, mesh, data.recipe, feed.resident),
         update=make_update(experiment, grad.sensitivity, optimizer, mesh, places),
     )
+
+
+def memory_limit(device: jax.Device) -> int:
+    """Bytes that the device has for arrays, 8 GiB where it does not say."""
+    return (device.memory_stats() or {}).get("bytes_limit", 8 * 2**30)
 
 
 def microbatch(augmult: int) -> int:

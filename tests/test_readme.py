@@ -9,7 +9,7 @@ from dpnb import cli, results
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("name", ["cifar10", "finetune"])
+@pytest.mark.parametrize("name", ["cifar10", "finetune", "imagenet"])
 def test_result_tables_come_from_the_records(name):
     document = (ROOT / "README.md").read_text()
     table = results.table(cli.TABLES[name], results.load(ROOT / "results"))

@@ -187,3 +187,18 @@ def test_noise_of_an_unclipped_sum_is_refused():
         make_trainer(
             tiny.experiment(clip_norm=float("inf"), epsilon=8.0), tiny.data(), seed=0, model=tiny.Linear()
         )
+
+
+def test_both_forms_of_the_gradient_give_the_same_update():
+    """Chosen by memory, or asked for; noise and batches are the same, rounding apart."""
+    states = {}
+    for form in ("auto", "materialised", "two-pass"):
+        t = trainer(form=form)
+        assert t.grad.form == ("materialised" if form == "auto" else form)
+        assert t.form.startswith(t.grad.form) and ("are free" if form == "auto" else "asked for") in t.form
+        states[form], _ = one_update(t, t.state)
+    for form in ("auto", "two-pass"):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6),
+            states[form].params, states["materialised"].params,
+        )  # fmt: skip
