@@ -82,8 +82,13 @@ class Streamed:
     def _rows(self, size: int) -> slice:
         """The rows of a physical batch that lie on this process's devices, which are neighbours."""
         places = rows(self.mesh).addressable_devices_indices_map((size,)).values()
-        mine = [place[0].indices(size) for place in places]
-        return slice(min(a for a, _, _ in mine), max(b for _, b, _ in mine))
+        mine = sorted({place[0].indices(size)[:2] for place in places})
+        if any(before[1] != after[0] for before, after in zip(mine, mine[1:], strict=False)):
+            raise ValueError(
+                f"the devices of a process must be neighbours in the mesh, got rows {mine}; pass `devices` in the "
+                "order of jax.devices()"
+            )
+        return slice(mine[0][0], mine[-1][1])
 
     def _name(self, unreadable) -> None:
         for index, reason in unreadable:

@@ -16,6 +16,7 @@ import json
 import os
 import pathlib
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -157,7 +158,7 @@ class Photographs:
                 continue
             name = ""
             try:
-                encoded, label, name = self.source[self.chosen[int(index)]]
+                encoded, label, name = self._encoded(int(index))
                 if not 0 <= label < self.num_classes:
                     raise ValueError(f"label {label} of {self.num_classes} classes")
                 images[row] = decode(encoded, self.size)
@@ -167,6 +168,15 @@ class Photographs:
                 unreadable.append((int(index), reason))
                 images[row] = 0
         return Batch(images, labels, indices, mask, tuple(unreadable))
+
+    def _encoded(self, index: int) -> tuple[bytes, int, str]:
+        """A disk or network that stumbles is asked again: what an update reads must not depend on its mood."""
+        for wait in (0.5, 2.0):
+            try:
+                return self.source[self.chosen[index]]
+            except OSError:
+                time.sleep(wait)
+        return self.source[self.chosen[index]]
 
     def batches(self, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """All photographs in order: (images uint8 [size or fewer, s, s, 3], labels int32), read ahead."""

@@ -15,7 +15,7 @@ from dpnb.models import pretrained
 # Experiments that agree in these compile to the same program: one is timed for all.
 PROGRAM = (
     "dataset", "network", "depth", "width", "norm", "standardised", "relu_first", "augmult", "compute_dtype",
-    "physical_batch_size", "pretrained", "trainable",
+    "physical_batch_size", "pretrained", "trainable", "image_size", "form", "remat",
 )  # fmt: skip
 
 

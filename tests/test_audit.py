@@ -88,7 +88,7 @@ def always_the_same_key(update_, state, totals):
 
 def divided_by_the_realised_batch(update_, state, totals):
     new, seen = update_(state, totals)
-    factor = 1 / jnp.maximum(totals.seen.examples.sum(), 1)  # and by 1, the expected one, before
+    factor = 1 / jnp.maximum(seen.examples, 1)  # and by 1, the expected one, before
     params = jax.tree.map(lambda a, b: a + (b - a) * factor, state.params, new.params)
     return new._replace(params=params), seen
 
@@ -273,9 +273,9 @@ def test_a_bound_says_what_it_rests_on():
     (dict(high=0), "1 to m guesses in all"),
     (dict(high=3, low=2), r"got \(4,\), \(4,\) and 3 \+ 2 guesses"),
     (dict(high=1, delta=0.2), r"below 1 / \(2 \* 4 canaries\), got 0.2"),
-    (dict(high=1, confidence=1.0), r"got 0.0 and 1.0"),
+    (dict(high=1, confidence=1.0), "confidence 1.0"),
     (dict(high=1, scores=[0, 1, 2]), "included and scores must be"),
-    (dict(high=1, scores=[0, 1, 2, np.nan]), "none of them NaN"),
+    (dict(high=1, scores=[0, 1, 2, np.nan]), "1 NaN"),
 ])  # fmt: skip
 def test_one_run_bound_refuses(arguments, said):
     given = dict(included=[True, False, True, False], scores=[3, 2, 1, 0], delta=0.0) | arguments

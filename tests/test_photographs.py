@@ -132,6 +132,26 @@ def test_unreadable_photographs_are_named_and_black():
     assert not batch.images[1].any()
 
 
+def test_a_disk_that_stumbles_is_asked_again(monkeypatch):
+    """Twice; else an update that is repeated after a crash might see another batch than the first time."""
+    monkeypatch.setattr(photographs.time, "sleep", lambda seconds: None)
+
+    @dataclasses.dataclass(frozen=True)
+    class Stumbling(Coloured):
+        times: int = 2
+        asked: list = dataclasses.field(default_factory=list)
+
+        def __getitem__(self, index):
+            self.asked.append(index)
+            if len(self.asked) <= self.times:
+                raise OSError("stale handle")
+            return super().__getitem__(index)
+
+    assert list(split(source=Stumbling()).read(np.array([2]), np.array([True])).labels) == [2]
+    batch = split(source=Stumbling(times=9)).read(np.array([2]), np.array([True]))
+    assert list(batch.labels) == [-1] and "stale handle" in batch.unreadable[0][1]
+
+
 def test_a_label_beyond_the_classes_is_unreadable():
     batch = dataclasses.replace(split(), num_classes=2).read(np.array([1, 3]), np.ones(2, bool))
     assert list(batch.labels) == [1, -1] and "label 3 of 2 classes" in batch.unreadable[0][1]
