@@ -31,7 +31,8 @@ def assignments(source) -> dict:
     return made
 
 
-ALL = {path.name: path for path in sorted(shared_runs.NOTEBOOK.parent.glob("*.ipynb"))}
+FOLDER = shared_runs.NOTEBOOK.parent
+ALL = {str(path.relative_to(FOLDER)): path for path in sorted(FOLDER.rglob("*.ipynb"))}
 everyone = pytest.mark.parametrize("path", ALL.values(), ids=ALL)
 
 
@@ -70,7 +71,7 @@ def test_every_notebook_has_its_badge_set_up_and_parameters(path):
     notebook = nbformat.read(path, 4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert "colab-badge.svg" in notebook.cells[0].source
-    assert f"/blob/main/notebooks/{path.name})" in notebook.cells[0].source
+    assert f"/blob/main/notebooks/{path.relative_to(FOLDER)})" in notebook.cells[0].source
     (parameters,), (setup,) = tagged("parameters", notebook), tagged("colab", notebook)
     assert parameters is code[0] and assignments(parameters.source)
     assert all("# @param" in line for line in parameters.source.splitlines() if line.strip())
