@@ -11,10 +11,12 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from flax import nnx
 
 from dpnb import results, training
 from dpnb.cost import memory_of
 from dpnb.data import load
+from dpnb.models import NFResNet
 from dpnb.photographs import write_folders
 from dpnb.update import make_trainer, one_update
 
@@ -150,10 +152,10 @@ def test_two_processes_train_on_photographs_as_one_device_does(two_processes, di
     assert first["streamed_accuracy"] == run.ema.accuracy
 
 
-def updates(data, devices, steps=2, **changes):
+def updates(data, devices, steps=2, model=tiny.Linear, **changes):
     e = tiny.experiment(momentum=0.9, **changes)
     trainer = make_trainer(
-        e, data, seed=5, model=tiny.Linear(), devices=jax.devices()[:devices], physical_batch_size=4
+        e, data, seed=5, model=model(), devices=jax.devices()[:devices], physical_batch_size=4
     )
     state, seen = trainer.state, None
     for _ in range(steps):
@@ -168,9 +170,13 @@ def assert_close(a, b):
 
 
 def test_photographs_on_eight_devices_give_the_update_of_one(tmp_path):
-    """Each device gets the rows of its own; float32 rounding apart."""
+    """An NF-ResNet on photographs from disk; each device gets the rows of its own; rounding apart."""
+
+    def network():
+        return NFResNet((1, 1, 1, 1), 4, width=0.0625, rngs=nnx.Rngs(0))
+
     data = photographs(tmp_path)
-    (_, one, seen_one), (_, eight, seen_eight) = updates(data, 1), updates(data, 8)
+    (_, one, seen_one), (_, eight, seen_eight) = (updates(data, n, model=network) for n in (1, 8))
     assert_close(one.params, eight.params)
     assert float(seen_one.examples) == float(seen_eight.examples) > 0
 

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import io
+import os
+import time
 
 import jax
 import numpy as np
@@ -113,6 +115,25 @@ def test_worker_processes_give_the_same_stream():
         assert step == other
         for x, y in zip(a[:4], b[:4], strict=True):
             np.testing.assert_array_equal(x, y)
+
+
+def test_reading_ahead_is_bounded():
+    """A consumer that waits stops the readers: memory holds some batches, whatever the data set's size."""
+    read = []
+
+    @dataclasses.dataclass(frozen=True)
+    class Counting(Coloured):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    stream = split(source=Counting(400)).stream(sampling.Poisson(400, 0.5, 3), 4, slice(None), first=0)
+    next(stream)
+    before = -1
+    while len(read) != before:  # until they stand still
+        before = len(read)
+        time.sleep(0.5)
+    assert 4 <= before <= 4 * 4 * (len(os.sched_getaffinity(0)) + 1)
 
 
 def test_parts_of_processes_make_up_the_whole():

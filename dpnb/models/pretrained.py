@@ -78,6 +78,10 @@ WEIGHTS = {
         "", "dpnb", "Apache-2.0", "wrn-10-2", 192, "random textures, no photograph at all", _STANDARD,
         "2aa676caf7e04859498f4006f07d8d60d72ed8f7d4b373938fbae5b37612b181",
     ),
+    "nf-resnet-14-textures": Weights(  # a quarter as wide
+        "", "dpnb", "Apache-2.0", "nf-resnet-14", 192, "random textures, no photograph at all", _STANDARD,
+        "763d2f5de1ce76f484abef154a42a0fcaf5d499563db9221f1ded6677bf9d7d2",
+    ),
     "wrn-40-4-cifar100": Weights(
         AUTHORS + "WRN_40_4_CIFAR100.dill", "haiku", _CC, "wrn-40-4", 100, "CIFAR-100", _STANDARD
     ),
