@@ -173,7 +173,7 @@ def test_weights_that_saw_the_private_images_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "there"),
     [("cifar10", "CIFAR-10", True), ("cifar10", "CIFAR-100", False), ("cifar100", "cifar_100 (all of it)", True),
-     ("tiny_imagenet32", "Tiny ImageNet 32, as pretrain/tiny", True), ("imagenet", "ImageNet at 32x32", False)],
+     ("tiny_imagenet32", "Tiny ImageNet 32, as pretrain/tiny", True), ("imagenet", "ImageNet at 32x32", True)],
 )  # fmt: skip
 def test_data_sets_are_known_by_name_however_spelt(name, text, there):
     assert pretrained.names(name, text) == there

@@ -224,8 +224,9 @@ def names(name: str, text: str) -> bool:
     >>> names("cifar10", "CIFAR-10, as it was"), names("cifar10", "CIFAR-100")
     (True, False)
     """
-    name, text = (re.sub(r"[-_ ]", "", x.lower()) for x in (name, re.sub(r"[,;(] *", " | ", text)))
-    return re.search(rf"(?<![a-z0-9]){re.escape(name)}(?![a-z0-9])", text) is not None
+    parts = re.findall(r"[a-z]+|[0-9]+", name.lower())
+    spelt = "[-_ /]*".join(parts)
+    return re.search(rf"(?<![a-z0-9]){spelt}(?![a-z0-9])", text.lower()) is not None
 
 
 def pack(path: str | pathlib.Path) -> bytes:
