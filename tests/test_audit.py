@@ -265,7 +265,8 @@ def test_two_worlds_that_are_the_same_accuse_nobody(rate):
 def test_a_bound_says_what_it_rests_on():
     bound = audit.two_worlds_bound(np.zeros(100), np.ones(100), delta=0.01)
     assert str(bound) == (
-        f"epsilon >= {bound.epsilon:.3f} at delta = 0.01, 99 % confidence (50 of 50 true, 0 of 50 false positives)"
+        f"epsilon >= {bound.epsilon:.3f} at delta = 0.01, 99 % confidence "
+        '("with" guessed rightly 50 of 50 times, wrongly 0 of 50)'
     )
 
 

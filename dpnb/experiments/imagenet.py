@@ -100,7 +100,8 @@ def at(experiment: Experiment, preset: str) -> dict:
     if e.trainable == "classifier":
         size = {"smoke": 40, "teach": 200, "colab": 10_000}[preset]
         physical = min(size, 200)
-        return small | dict(steps=50, expected_batch_size=size, physical_batch_size=physical, eval_every=10)
+        small |= dict(learning_rate=0.3, steps=50, expected_batch_size=size, eval_every=10)
+        return small | dict(physical_batch_size=physical)
     if preset == "colab":
         large = {} if e.pretrained else dict(depth=50, width=0.5, image_size=128)
         return small | dict(steps=1000, expected_batch_size=2048, ema_decay=0.999) | large
