@@ -78,9 +78,12 @@ def salt(directory: pathlib.Path, computation: str) -> str:
     """ "" for the hardware and code that began the run in `directory`, else what they are now.
 
     A step repeated after a crash is the same to the bit only where it began; elsewhere it is
-    a new release, which is charged anew and needs noise of its own.
+    a new release, which is charged anew and needs noise of its own.  `directory/began_with` has a
+    line for every change, so that going back to what was before is a change, too.
     """
-    file = directory / "began_with"
-    if not file.exists():
-        write_whole(file, computation)
-    return "" if file.read_text() == computation else f" {computation}"
+    file, now = directory / "began_with", " ".join(computation.split())
+    lines = file.read_text().splitlines() if file.exists() else []
+    if not lines or lines[-1] != now:
+        lines.append(now)
+        write_whole(file, "\n".join(lines) + "\n")
+    return f" {len(lines)} {now}" if len(lines) > 1 else ""

@@ -123,4 +123,4 @@ def _masked_batch(trainer: Trainer, size: int) -> tuple:
 
 def free_memory(device: jax.Device) -> int:
     """Free bytes on the device, 8 GiB where it does not say."""
-    return memory_limit(device) - (device.memory_stats() or {}).get("bytes_in_use", 0)
+    return memory_limit([device]) - (device.memory_stats() or {}).get("bytes_in_use", 0)

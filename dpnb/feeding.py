@@ -1,7 +1,6 @@
 """Physical batches on the devices: of images that all lie there, or of photographs that are read ahead."""
 
 import dataclasses
-import warnings
 from collections.abc import Iterator
 
 import jax
@@ -10,7 +9,7 @@ from jax.sharding import Mesh
 
 from dpnb import sampling
 from dpnb.data import Dataset
-from dpnb.photographs import Photographs
+from dpnb.photographs import Photographs, name_unreadable
 from dpnb.sharding import put, rows, whole
 
 
@@ -66,7 +65,7 @@ class Streamed:
             if at > step:
                 self.held = at, batch
                 break
-            self._name(batch.unreadable)
+            name_unreadable(batch.unreadable, self.named)
             yield tuple(
                 jax.make_array_from_process_local_data(rows(self.mesh), x)
                 for x in (batch.images, batch.labels, batch.indices, batch.mask)
@@ -89,15 +88,6 @@ class Streamed:
                 "order of jax.devices()"
             )
         return slice(mine[0][0], mine[-1][1])
-
-    def _name(self, unreadable) -> None:
-        for index, reason in unreadable:
-            if index not in self.named:
-                self.named.add(index)
-                warnings.warn(
-                    f"training image {index} cannot be read and counts as a zero gradient: {reason}",
-                    stacklevel=3,
-                )
 
 
 def make_feed(data: Dataset, augmult: int, mesh: Mesh) -> Resident | Streamed:

@@ -440,7 +440,7 @@ def privacy_statement(
         else "pre-training data: none was used (where there is some, it gets no protection)"
     )
     gaps = [
-        "training loss, training accuracy, gradient norms and batch sizes shown or logged during training, "
+        "training loss, training accuracy, gradient norms, batch sizes and numbers of clipped, non-finite or unreadable examples shown or logged during training, "
         "which are exact functions of the data",
         "hyper-parameter search: only this run is counted, not the runs that chose its settings",
         "the normalisation constants of the images, the class names and the number of examples, "

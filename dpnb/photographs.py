@@ -6,6 +6,7 @@ worker processes, ahead of the device and in bounded memory.  Pillow, TFDS and G
 they are used.
 """
 
+import bisect
 import contextlib
 import dataclasses
 import functools
@@ -17,6 +18,7 @@ import os
 import pathlib
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -26,6 +28,7 @@ from dpnb import augment, sampling
 from dpnb.data import DataError, Dataset, Split, prepared, tfds_or_error
 from dpnb.files import write_whole
 
+READ_AHEAD = 2**31  # bytes of decoded photographs at most, two batches at least
 HASHES = "dpnb/hashes"  # below the user's cache: of files, by size and time of change
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 UNREADABLE = -1  # the label of an image that could not be read; its gradient is zero
@@ -44,20 +47,22 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FolderSource:
-    """ROOT/CLASS/IMAGE, in the order of `classes` (some may be absent) and of names."""
+    """ROOT/CLASS/IMAGE; classes may be absent. In an order that is fixed and mixes the classes, so that the
+    first or last so many photographs are of all of them."""
 
     root: pathlib.Path
     classes: tuple[str, ...]
 
     @functools.cached_property
     def files(self) -> list[pathlib.Path]:
-        return [
+        found = [
             path
             for name in self.classes
             if (self.root / name).is_dir()
-            for path in sorted((self.root / name).iterdir())
+            for path in (self.root / name).iterdir()
             if path.suffix.lower() in SUFFIXES
         ]
+        return sorted(found, key=lambda p: hashlib.sha256(f"{p.parent.name}/{p.name}".encode()).digest())
 
     def __len__(self) -> int:
         return len(self.files)
@@ -109,6 +114,17 @@ def decode(encoded: bytes, size: int) -> np.ndarray:
         return np.asarray(square.resize((size, size), Image.Resampling.BICUBIC))
 
 
+def name_unreadable(unreadable, named: set[int] | None = None) -> None:
+    """A warning for each (index, reason) that is not in `named` yet."""
+    named = set() if named is None else named
+    for index, reason in unreadable:
+        if index not in named:
+            named.add(index)
+            warnings.warn(
+                f"image {index} cannot be read and counts as a zero gradient: {reason}", stacklevel=3
+            )
+
+
 class Batch(NamedTuple):
     """images uint8 [size, s, s, 3]; labels int32 [size], -1 where unreadable; indices int32 [size] in the
     split; mask bool [size], False for padding; unreadable: (index, name and reason) of images that
@@ -150,31 +166,38 @@ class Photographs:
         return dataclasses.replace(self, size=size)
 
     def read(self, indices: np.ndarray, mask: np.ndarray) -> Batch:
-        """Reads and decodes; what cannot be read is black, has the label -1, and is named."""
+        """Reads and decodes; what cannot be decoded is black, has the label -1, and is named.
+
+        Raises:
+          OSError, RuntimeError ...: of the disk.  Such a photograph is *not* taken for an unreadable one: the
+            same update has to see the same photographs when it is repeated, or the difference would be a
+            gradient without noise.
+        """
         images = np.zeros((len(indices), self.size, self.size, 3), np.uint8)
         labels, unreadable = np.full(len(indices), UNREADABLE, np.int32), []
         for row, index in enumerate(indices):
             if not mask[row]:
                 continue
-            name = ""
+            encoded, label, name = self._encoded(int(index))
             try:
-                encoded, label, name = self._encoded(int(index))
                 if not 0 <= label < self.num_classes:
                     raise ValueError(f"label {label} of {self.num_classes} classes")
                 images[row] = decode(encoded, self.size)
                 labels[row] = label
-            except Exception as error:  # Pillow, array_record and the file system each have their own
+            except (ImportError, MemoryError):  # nothing that the photograph can help
+                raise
+            except Exception as error:  # Pillow has many
                 reason = f"{name or 'photograph'} ({type(error).__name__}: {error})"
                 unreadable.append((int(index), reason))
                 images[row] = 0
         return Batch(images, labels, indices, mask, tuple(unreadable))
 
     def _encoded(self, index: int) -> tuple[bytes, int, str]:
-        """A disk or network that stumbles is asked again: what an update reads must not depend on its mood."""
+        """A disk or network that stumbles is asked again, twice."""
         for wait in (0.5, 2.0):
             try:
                 return self.source[self.chosen[index]]
-            except OSError:
+            except (OSError, RuntimeError):  # array_record raises the latter
                 time.sleep(wait)
         return self.source[self.chosen[index]]
 
@@ -182,6 +205,7 @@ class Photographs:
         """All photographs in order: (images uint8 [size or fewer, s, s, 3], labels int32), read ahead."""
         parts = [np.arange(a, min(a + size, len(self)), dtype=np.int32) for a in range(0, len(self), size)]
         for batch in self._ahead(_Parts(parts)):
+            name_unreadable(batch.unreadable)
             yield batch.images, batch.labels
 
     def stream(self, sampler, size: int, rows: slice, first: int) -> Iterator[tuple[int, Batch]]:
@@ -201,7 +225,9 @@ class Photographs:
         import grain
 
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        threads = grain.ReadOptions(num_threads=cores + 1, prefetch_buffer_size=2 * (cores + 1))
+        one = 3 * self.size**2 * len(range(plan.size)[rows])
+        ahead = int(min(2 * (cores + 1), max(2, READ_AHEAD // one)))  # batches
+        threads = grain.ReadOptions(num_threads=min(cores + 1, ahead), prefetch_buffer_size=ahead)
         ahead = grain.MapDataset.source(plan).map(lambda part: self.read(part[0][rows], part[1][rows]))
         ahead = ahead.to_iter_dataset(threads)
         if self.workers:
@@ -217,7 +243,7 @@ class _Parts:
     """Given lists of indices, none of them padding."""
 
     def __init__(self, parts: list[np.ndarray]):
-        self.parts = parts
+        self.parts, self.size = parts, max(map(len, parts), default=1)
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -252,7 +278,7 @@ class _Plan:
             while self.begins[-1] <= number:
                 step = self.first + len(self.begins) - 1
                 self.begins.append(self.begins[-1] + len(self.parts(step)))
-            return self.first + int(np.searchsorted(self.begins, number, side="right")) - 1
+            return self.first + bisect.bisect_right(self.begins, number) - 1
 
     def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         step = self.step_of(number)
@@ -268,8 +294,8 @@ class PhotographDataset(Dataset):
     def __post_init__(self):
         object.__setattr__(self, "classes", tuple(map(str, self.classes)))
         for which, split in (("train", self.train), ("test", self.test)):
-            if not len(split):
-                raise DataError(f"{self.name} needs photographs in its {which} split, got none")
+            if not len(split) or not split.source.files:
+                raise DataError(f"{self.name} needs photographs in its {which} split, got no file of them")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -279,13 +305,13 @@ class PhotographDataset(Dataset):
     def recipe(self) -> augment.Recipe:
         return augment.photographs(self.size)
 
-    @functools.cached_property
+    @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over all files and which of their photographs are in each split.
+        """SHA-256 (hex) over all files, the classes, and which of their photographs are in each split.
 
-        Every byte is read once; then a file is trusted while its size and time of change stay.
+        Every byte is read once; then a file is trusted while its size and times of change stay.
         """
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(json.dumps(self.classes).encode())
         for split in (self.train, self.test):
             chosen = split.chosen
             digest.update(f"{chosen} of {len(split.source)}, {self.size} pixels".encode())
@@ -296,6 +322,7 @@ class PhotographDataset(Dataset):
 def file_hashes(files: list[pathlib.Path]) -> str:
     """One SHA-256 (hex) over names and contents, in this order; those of unchanged files are remembered."""
     digest, kept = hashlib.sha256(), pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), HASHES)
+    files = sorted(files)
     for directory, group in itertools.groupby(files, lambda path: path.parent):
         place = hashlib.sha256(str(directory.absolute()).encode()).hexdigest()[:32]
         memory = kept.expanduser() / f"{place}.json"
@@ -306,7 +333,7 @@ def file_hashes(files: list[pathlib.Path]) -> str:
         fresh = {}
         for path in group:
             stat = path.stat()
-            key = f"{path.name} {stat.st_size} {stat.st_mtime_ns}"
+            key = f"{path.name} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
             if key not in known:
                 with open(path, "rb") as file:
                     known[key] = hashlib.file_digest(file, "sha256").hexdigest()
@@ -314,7 +341,7 @@ def file_hashes(files: list[pathlib.Path]) -> str:
             digest.update(f"{directory.name}/{path.name} {fresh[key]}\n".encode())
         with contextlib.suppress(OSError):  # another process writes the same, or nothing may be written
             memory.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(memory, json.dumps(fresh))
+            write_whole(memory, json.dumps(known | fresh))
     return digest.hexdigest()
 
 
@@ -349,12 +376,16 @@ def load(
     )
 
 
+def _classes(folder: pathlib.Path) -> tuple[str, ...]:
+    return tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")))
+
+
 def _folders(folder: pathlib.Path):
-    classes = tuple(sorted(path.name for path in (folder / "train").iterdir() if path.is_dir()))
+    classes = _classes(folder / "train")
     report = next((folder / s for s in ("val", "validation", "test") if (folder / s).is_dir()), None)
     if report is None:
         raise DataError(f"{folder} needs a folder val (or validation, test) beside train to report on")
-    unknown = {path.name for path in report.iterdir() if path.is_dir()} - set(classes)
+    unknown = {*_classes(report)} - {*classes}
     if unknown:
         raise DataError(f"classes of {report} must be those of train, got also {sorted(unknown)[:3]}")
     return (FolderSource(folder / "train", classes), FolderSource(report, classes)), classes

@@ -7,12 +7,14 @@ raw -> sample -> augment -> per-example gradient -> mean over views -> clip -> s
 
 import dataclasses
 import math
+import os
 import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jaxlib
 import numpy as np
 import optax
 from flax import nnx
@@ -27,9 +29,10 @@ from dpnb.identity import code, computation
 from dpnb.ledger import BudgetExceeded, Ledger, derived_seed, lineage
 from dpnb.models import pretrained
 from dpnb.models.checks import check_independent
+from dpnb.photographs import Photographs
 from dpnb.progress import Progress
 from dpnb.sharding import gathered
-from dpnb.update import Seen, call_size, make_model, make_trainer, one_update
+from dpnb.update import Seen, call_size, make_model, make_trainer, memory_limit, one_update
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +128,7 @@ def train(
     began, directory = time.monotonic(), pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     experiment = calibrated(experiment, len(data.train))
+    check_size(experiment, data)
     if model is None:
         features.check(experiment, data)
     else:
@@ -136,8 +140,8 @@ def train(
     used = jax.devices() if devices is None else devices
     hardware = f"{len(used)} x {used[0].device_kind}, jax {jax.__version__}"
     knobs = {name: getattr(experiment, name) for name in ("form", "remat", "shard")}
-    rounding = "".join(f", {k} {v}" for k, v in knobs.items() if v not in ("auto", False))
-    computer = f"{hardware}, {call_size(experiment)} examples a call{rounding}, {code()}"
+    knobs |= {"memory": memory_limit(used), "processes": jax.process_count(), **versions(data)}
+    computer = f"{hardware}, {call_size(experiment)} examples a call, {knobs}, {code()}"
     if jax.process_index() == 0:  # which may have to write what the others read
         run_seed(directory, experiment.seed)
         salt(directory, computer)
@@ -146,6 +150,7 @@ def train(
     # Two releases must not share their noise, unless they are the same to the bit: not two
     # experiments of one seed, nor one step repeated by other code or on other hardware.
     seed = derived_seed(seed, fingerprint + salt(directory, computer))
+    agree(seed)
     fingerprint = f"{fingerprint} {label}"
     model = make_model(experiment, len(data.classes), seed) if model is None else model
     if pretrained.used(experiment) != public:
@@ -230,6 +235,44 @@ def charge(ledger: Ledger, step: int, mechanism: privacy.Mechanism, fingerprint:
         refusal = str(error)
     refused = from_first(int(bool(refusal)))
     return (refusal or "the ledger of the first process refused the step") if refused else ""
+
+
+def versions(data: Dataset) -> dict[str, str]:
+    """What else decides about the last bits: of the compiler, and of what decodes photographs."""
+    found = {"jaxlib": jaxlib.__version__, "flags": os.environ.get("XLA_FLAGS", "")}
+    if isinstance(data.train, Photographs):
+        from PIL import __version__, features
+
+        found |= {"pillow": __version__, "jpeg": str(features.version("jpg"))}
+    return found
+
+
+def agree(seed: int) -> None:
+    """Processes must have the same seed, and so (it is derived from them) the same experiment and data.
+
+    Raises:
+      ValueError: this one does not agree with the first.
+    """
+    if from_first(seed) != seed:
+        raise ValueError(
+            "all processes must have the same seed, experiment and data, but process "
+            f"{jax.process_index()} differs from the first; give them one directory that all see, and the same files"
+        )
+
+
+def check_size(experiment: Experiment, data: Dataset) -> None:
+    """Photographs come at the size that the record will state.
+
+    Raises:
+      ValueError: they do not.
+    """
+    got = data.shape[0] if isinstance(data.train, Photographs) else 0
+    if got != experiment.image_size and not isinstance(data, features.FeatureDataset):
+        raise ValueError(
+            f"{experiment.name}: image_size is {experiment.image_size}, got "
+            f"{f'photographs of {got} pixels' if got else 'images in memory'}; load the data with "
+            "image_size=experiment.image_size"
+        )
 
 
 def check_own_model(experiment: Experiment) -> None:

@@ -22,6 +22,7 @@ from dpnb.clipping import ClippedGrad, choose_form, clipped_grad
 from dpnb.data import Dataset
 from dpnb.experiments.experiment import Experiment
 from dpnb.feeding import Resident, Streamed, make_feed
+from dpnb.hosts import from_first
 from dpnb.models import NFNet, NFResNet, ScatterLinear, WideResNet, functional, pretrained, transfer
 from dpnb.models.wide_resnet import norm_then_relu, relu_then_norm
 from dpnb.noise import add_noise
@@ -204,7 +205,7 @@ def make_trainer(
     micro = microbatch(experiment.augmult)
     split = devices[0].platform == "cpu" and physical % micro == 0 and not experiment.on_features
     alive = min(micro, physical) if split else physical
-    form, why = choose_form(params, alive, memory_limit(devices[0]))
+    form, why = choose_form(params, alive, memory_limit(devices))
     if experiment.form != "auto":
         form, why = experiment.form, "asked for"
     grad = clipped_grad(
@@ -239,9 +240,10 @@ def make_trainer(
     )
 
 
-def memory_limit(device: jax.Device) -> int:
-    """Bytes that the device has for arrays, 8 GiB where it does not say."""
-    return (device.memory_stats() or {}).get("bytes_limit", 8 * 2**30)
+def memory_limit(devices: list[jax.Device]) -> int:
+    """Bytes that a device has for arrays, 8 GiB where it does not say; the first process's word holds for all."""
+    mine = next((d for d in devices if d.process_index == jax.process_index()), None)
+    return from_first(((mine and mine.memory_stats()) or {}).get("bytes_limit", 8 * 2**30))
 
 
 def microbatch(augmult: int) -> int:

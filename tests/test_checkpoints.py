@@ -267,3 +267,10 @@ def test_identity_of_a_model_is_what_it_computes():
     optimizers = [None, optax.sgd(0.1), optax.sgd(0.2), optax.adam(0.1)]
     every = {computation(m, o, shape) for m in models for o in optimizers}
     assert len(every) == len(models) * len(optimizers)
+
+
+def test_going_back_to_the_first_computer_is_another_one(tmp_path):
+    """Steps that it charged and lost must not lend their noise to others after a detour."""
+    first, detour, back = (checkpoints.salt(tmp_path, computer) for computer in ("A", "B", "A"))
+    assert first == "" and len({first, detour, back}) == 3
+    assert checkpoints.salt(tmp_path, "A") == back

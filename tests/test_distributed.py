@@ -44,7 +44,7 @@ trained = np.asarray(run.ema_params["layer"]["kernel"], np.float64)
 photographs = data.load("noise", data_dir=directory + "/data", image_size=8)  # each decodes its half
 streamed = [
     training.train(
-        tiny.experiment(shard=shard), photographs, f"{directory}/photographs-{shard}", model=tiny.Linear()
+        tiny.experiment(shard=shard, image_size=8), photographs, f"{directory}/photographs-{shard}", model=tiny.Linear()
     )
     for shard in (False, True)
 ]
@@ -145,7 +145,9 @@ def test_two_processes_train_on_photographs_as_one_device_does(two_processes, di
     first, second = two_processes
     assert first == second
     data = load("noise", data_dir=directory / "data", image_size=8)
-    run = training.train(tiny.experiment(), data, tmp_path, model=tiny.Linear(), devices=jax.devices()[:1])
+    run = training.train(
+        tiny.experiment(image_size=8), data, tmp_path, model=tiny.Linear(), devices=jax.devices()[:1]
+    )
     alone = np.asarray(run.ema_params["layer"]["kernel"], np.float64).ravel()
     for kernel in first["streamed"]:
         np.testing.assert_allclose(kernel, alone, rtol=0, atol=1e-5)
@@ -219,7 +221,7 @@ def test_a_run_with_a_divided_state_resumes_and_is_saved(tmp_path):
     data = photographs(tmp_path)
 
     def train(directory, **options):
-        e = tiny.experiment(steps=4, shard=True)
+        e = tiny.experiment(steps=4, shard=True, image_size=8)
         return training.train(e, data, tmp_path / directory, model=tiny.Linear(), **options)
 
     run = train("a")

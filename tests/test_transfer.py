@@ -173,7 +173,10 @@ def test_weights_that_saw_the_private_images_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "there"),
     [("cifar10", "CIFAR-10", True), ("cifar10", "CIFAR-100", False), ("cifar100", "cifar_100 (all of it)", True),
-     ("tiny_imagenet32", "Tiny ImageNet 32, as pretrain/tiny", True), ("imagenet", "ImageNet at 32x32", True)],
+     ("tiny_imagenet32", "Tiny ImageNet 32, as pretrain/tiny", True), ("imagenet", "ImageNet at 32x32", True),
+     ("imagenet_resized/32x32", "Tiny ImageNet", True), ("imagenette/320px-v2", "ImageNet-21k", True),
+     ("ILSVRC2012", "imagenet2012", True), ("cifar100:3.0.2", "CIFAR-100", True), ("places365_small", "ImageNet", False),
+     ("places365_small:2.1.0", "places365_small, as pretrain/places365", True)],
 )  # fmt: skip
 def test_data_sets_are_known_by_name_however_spelt(name, text, there):
     assert pretrained.names(name, text) == there

@@ -67,6 +67,8 @@ _PHOTOGRAPHS = (
     "ImageNet, the photographs of imagenet2012 (and so of imagenette, imagenet_resized, tiny_imagenet32)"
 )
 # Names that stand in the registry although nobody outside has the weights.
+# Data sets whose photographs are ImageNet's, or may be: none is public where another is private.
+IMAGENETS = "imagenet|ilsvrc|imagewoof"
 UNRELEASED = ("nf-resnet-200-jft", "nfnet-f3-jft")
 WEIGHTS = {
     "wrn-10-2-tiny-imagenet32": Weights(
@@ -219,14 +221,16 @@ def used(experiment: Experiment, private: Dataset | None = None) -> dict[str, st
 
 
 def names(name: str, text: str) -> bool:
-    """Is a data set named in a text, however it is spelt?
+    """Is a data set named in a text, however it is spelt?  All ImageNets count as one.
 
     >>> names("cifar10", "CIFAR-10, as it was"), names("cifar10", "CIFAR-100")
     (True, False)
     """
-    parts = re.findall(r"[a-z]+|[0-9]+", name.lower())
-    spelt = "[-_ /]*".join(parts)
-    return re.search(rf"(?<![a-z0-9]){spelt}(?![a-z0-9])", text.lower()) is not None
+    name, text = re.split("[:/]", name.lower())[0], text.lower()  # without version and configuration
+    if re.search(IMAGENETS, name):
+        return re.search(IMAGENETS, text) is not None
+    spelt = "[-_ /]*".join(re.findall("[a-z]+|[0-9]+", name))
+    return re.search(rf"(?<![a-z0-9]){spelt}(?![a-z0-9])", text) is not None
 
 
 def pack(path: str | pathlib.Path) -> bytes:
