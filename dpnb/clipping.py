@@ -47,9 +47,9 @@ class ClippedGrad:
 
         `clip_norm`, or 1 where gradients are rescaled to unit norm; inf without clipping.
         Holds in both forms, whatever the examples, the parameters and the loss function, to
-        float32 rounding: the vector that is added for one example is longer by at most a
-        relative 1e-6 (tested in float64 with two million weights on CPU: 1e-7), and every
-        addition rounds the sum itself, by a relative 6e-8.
+        float32 rounding: the vector that is added for one example may be longer by a relative
+        1e-6 (the tests measure it in float64, also with two million weights), and every addition
+        rounds the sum itself, by a relative 6e-8.
         """
         return 1.0 if self.rescale_to_unit_norm else self.clip_norm
 
@@ -186,17 +186,17 @@ def clipped_grad(
 
     Two forms compute the same sum. "materialised" keeps the gradients of all examples until
     their norms are known. "two-pass" is for models where these do not fit: the first pass reduces
-    each example's gradient to a sum of squares, parameter by parameter, and the second computes
-    it again (forward values are shared where XLA keeps them), clips it and adds it up, so that
-    only the gradients of one layer need to be alive at a time. In the second pass each example's
-    gradient of each parameter is measured anew and may not be longer than it was in the first:
-    also where the passes round differently, what is added is what was measured, so both forms
-    give the same guarantee, in any precision of the loss.
+    each example's gradient to a sum of squares, parameter by parameter; the second computes it
+    again (the forward pass is shared where XLA keeps it), clips it and adds it up. So only the
+    gradients of one layer need to be alive at a time. The second pass measures each example's
+    gradient of each parameter anew, and shortens what is longer than it was in the first: where
+    the passes round differently, still nothing is added beyond the clip. The guarantee is that of
+    the first form, in any precision of the loss.
 
-    The faster second pass that comes to mind, one ordinary gradient of the sum of scaled losses,
-    is not offered, since it breaks the guarantee in floating point: it adds the unclipped terms of
-    different examples in one sum. Two views of one example whose gradients are 1e10 and -1e10 have
-    norm zero, and yet round away the gradients of all other examples.
+    One ordinary gradient of the sum of scaled losses would be a faster second pass, but breaks
+    the guarantee in floating point: it adds terms of different examples before they are clipped.
+    Two views of one example with gradients 1e10 and -1e10 have norm zero, and round away the
+    gradients of the other examples.
 
     Args:
       loss: pure function `loss(params, example)` of a pytree of parameters and one example
@@ -205,9 +205,12 @@ def clipped_grad(
       clip_norm: C > 0, maximal l2 norm of one example's gradient; `inf` for no clipping.
       rescale_to_unit_norm: divide by C after clipping (the paper's update), so that the
         learning rate does not depend on C. The sensitivity is then 1.
-      microbatch_size: examples differentiated at a time, to save memory or (on CPU) to let
-        two microbatches run side by side. Never changes the result but by rounding.
-      form: "materialised", or "two-pass" (less memory, more time); see `choose_form`.
+      microbatch_size: examples differentiated at a time; on CPU two microbatches then run side
+        by side. Never changes the result but by rounding. XLA:CPU adds up all microbatches of a
+        call at its end: it is fewer examples in a call that save materialised gradients.
+      form: "materialised", or "two-pass" (less memory, about twice the time); see `choose_form`.
+        XLA:CPU orders operations for speed, and gives back more memory when compiled with
+        `xla_cpu_scheduler_type="CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"` among `compiler_options`.
     Returns:
       A function `(params, examples, mask=None, total=None) -> (sum, NonPrivate)` that can be
       jitted; its `.sensitivity` is the l2 sensitivity of the sum.
@@ -261,8 +264,8 @@ def choose_form(params: PyTree, examples: int, free_bytes: int) -> tuple[str, st
     fits = examples * one <= SHARE * free_bytes
     return FORMS[0] if fits else FORMS[1], (
         f"gradients of {examples} examples, {_size(one)} each, take {_size(examples * one)}, "
-        f"{'at most' if fits else 'more than'} {SHARE:.0%} of the {_size(free_bytes)} that are free"
-    ).replace("%", " %")
+        f"{'at most' if fits else 'more than'} {100 * SHARE:.0f} % of the {_size(free_bytes)} that are free"
+    )
 
 
 def _size(bytes_: int) -> str:

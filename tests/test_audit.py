@@ -1,4 +1,4 @@
-"""The audit: its bounds on mechanisms whose epsilon is known, and its verdict on our trainer, sound and broken.
+"""The audit: its bounds where epsilon is known, and its verdict on our trainer, sound and broken.
 
 Where random numbers decide, their seeds are fixed and the false-alarm rate is stated: a bound at confidence
 99 % is wrong for at most 1 % of the choices of seeds. Most trainers are audited with 6,000 one-step runs.
@@ -151,7 +151,7 @@ def test_excluded_examples_leave_no_trace():
 
 
 def test_two_worlds_need_one_physical_batch():
-    with pytest.raises(ValueError, match="one physical batch must hold the whole training set, got 192"):
+    with pytest.raises(ValueError, match="must hold all examples, got 192, batches of 64"):
         audit.two_worlds(many_canaries(), CANARY, 10)
 
 

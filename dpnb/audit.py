@@ -1,0 +1,252 @@
+"""An empirical audit: attacks on the trainer that makes the tables, and what they prove about epsilon.
+
+An accountant says that epsilon is at most so much, if the code does what it says. An audit says that it
+is at least so much, whatever the code says. A lower bound above the stated epsilon is a bug.
+Plant canaries and train with and without them: `two_worlds` (one canary, many short runs) or `one_run` (one
+run, many canaries, each in by a coin of its own). Score how far the parameters moved along their gradients.
+Bound epsilon from the scores: `two_worlds_bound` (Clopper-Pearson) or `one_run_bound` (binomial tail).
+
+Formal guarantee of both bounds: if the trainer is (epsilon, delta)-differentially private under adding or
+removing one example, the bound exceeds epsilon with probability 1 - confidence at most, however the scores
+were made. Not the converse: an attack that finds little, or nothing, shows nothing. It may be a weak attack.
+The bounds are a page of SciPy; jax-privacy 2.0 has them too, but brings pydantic, chex and a second trainer.
+References: Nasr et al. 2021 (arXiv 2101.04535) for two worlds; Steinke, Nasr and Jagielski 2023, Privacy
+auditing with one (1) training run (arXiv 2305.08846).
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from scipy import optimize, stats
+
+from dpnb import update
+from dpnb.sampling import Poisson, Shuffle, physical_batches
+from dpnb.update import Trainer
+
+CHUNK = 500  # runs side by side
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """epsilon (>= 0) is a lower bound at `delta`, but for a chance of 1 - confidence; `found`: the counts."""
+
+    epsilon: float
+    delta: float
+    confidence: float
+    found: str
+
+    def __str__(self) -> str:
+        at = f"delta = {self.delta:g}, {100 * self.confidence:g} % confidence"
+        return f"epsilon >= {self.epsilon:.3f} at {at} ({self.found})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Without:
+    """A sampler that never draws the examples `excluded` (positions), and all others as `sampler` does.
+
+    Under Poisson sampling that is the run on the data set without them, to the bit. Under shuffling their
+    places stay empty: the neighbouring relation is then to replace an example by nothing.
+    """
+
+    sampler: Poisson | Shuffle
+    excluded: Sequence[int]
+
+    def indices(self, step: int) -> np.ndarray:
+        drawn = self.sampler.indices(step)
+        return drawn[~np.isin(drawn, self.excluded)]
+
+
+def canary_gradient(trainer: Trainer, canary: int) -> np.ndarray:
+    """What an example adds to a sum at the first parameters: its clipped gradient, float32 [parameters]."""
+    key, _ = update.step_keys(trainer.state.key, 0)
+    ((part, mask),) = physical_batches(np.array([canary]), trainer.physical_batch_size)
+    totals = trainer.accumulate(*update.inputs(trainer, trainer.state, trainer.zero(), part, mask, key))
+    return _flat(jax.tree.map(lambda partial: partial.sum(0), totals.gradient))
+
+
+def moves(trainer: Trainer, steps: int, seed: int, excluded: Sequence[int] = ()) -> np.ndarray:
+    """One run from the trainer's first state, by `dpnb.update.one_update`: all that an attacker can see.
+
+    Args:
+      trainer: from `dpnb.update.make_trainer`, or one that was broken on purpose.
+      steps, seed: number of updates; seed of the sampling, the augmentation and the noise.
+      excluded: positions of the training examples that this run goes without.
+    Returns:
+      float32 [steps, parameters]: parameters before minus after each update, all leaves in one row.
+    """
+    sampler = Without(dataclasses.replace(trainer.sampler, seed=seed), excluded)
+    trainer, state = dataclasses.replace(trainer, sampler=sampler), trainer.state
+    state, seen = state._replace(key=update.root_key(seed)), [_flat(state.params)]
+    for _ in range(steps):
+        state, _ = update.one_update(trainer, state)
+        seen.append(_flat(state.params))
+    return -np.diff(seen, axis=0)
+
+
+def two_worlds(
+    trainer: Trainer, canary: int, runs: int, steps: int = 1, seed: int = 1, score: Callable | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Attacks `runs` runs without one example and as many with it, all with seeds of their own.
+
+    They are the runs of `moves`, side by side: thousands a second where data and model are tiny.
+
+    Args:
+      trainer: see `moves`; one physical batch must hold all its training examples, in memory.
+      canary: position of the example. The strongest has a large gradient, unlike all others.
+      score: float32 [runs, steps, parameters] (see `moves`) -> [runs], higher where the canary seems
+        to be in, or [runs, ...], several scores; None for the way along the canary's gradient, in all.
+    Returns:
+      (without, with), float64 [runs] each (or [runs, ...]), for `two_worlds_bound`.
+    """
+    n, size = trainer.sampler.n, trainer.physical_batch_size
+    if n > size or not trainer.feed.resident:
+        raise ValueError(f"one physical batch in memory must hold all examples, got {n}, batches of {size}")
+    direction = canary_gradient(trainer, canary)
+    score = score or (lambda moved: moved.sum(1) @ direction / np.linalg.norm(direction))
+    images, labels, *_ = trainer.feed.blank(size)
+
+    def one(state, indices, mask):  # what `dpnb.update.one_update` does
+        key, _ = update.step_keys(state.key, state.step)
+        totals = trainer.accumulate(state.params, trainer.zero(), images, labels, indices, mask, key)
+        return trainer.update(state, totals)[0]
+
+    together = jax.jit(jax.vmap(one, (0, None, 0)))
+    indices, found = np.arange(size, dtype=np.int32) % n, []
+    for start in range(0, 2 * runs, CHUNK):
+        seeds = range(seed + start, seed + start + CHUNK)
+        samplers = [dataclasses.replace(trainer.sampler, seed=s) for s in seeds]
+        state = jax.tree.map(lambda x: np.broadcast_to(x, (CHUNK, *x.shape)), trainer.state)
+        state = state._replace(key=np.stack([update.root_key(s) for s in seeds]))
+        seen = [_flat(state.params, CHUNK)]
+        for step in range(steps):
+            masks = np.zeros((CHUNK, size), bool)
+            for mask, sampler in zip(masks, samplers, strict=True):
+                mask[sampler.indices(step)] = True
+            masks[::2, canary] = False  # the worlds take turns
+            state = together(state, indices, masks)
+            seen.append(_flat(state.params, CHUNK))
+        found.append(score(-np.diff(np.stack(seen, 1), axis=1)))
+    scores = np.concatenate(found, dtype=float)[: 2 * runs]
+    return scores[::2], scores[1::2]
+
+
+def two_worlds_bound(without, with_, *, delta: float, confidence: float = 0.99) -> Bound:
+    """A lower bound of epsilon from the scores of independent runs in two neighbouring worlds.
+
+    Under (epsilon, delta)-privacy, true positive rate <= e^epsilon * false positive rate + delta, for every
+    rule of guessing and whichever world is the positive one. The first half of the runs chooses both; the
+    second half counts, and log((true - delta) / false) is taken at the Clopper-Pearson bounds of the two
+    rates, each of confidence (1 + confidence) / 2.
+
+    Args:
+      without, with_: float, in the order of the runs, at least 4 of each.
+      delta, confidence: in [0, 1), at which epsilon is bounded; in (0, 1).
+    Raises:
+      ValueError: NaN among the scores, too few of them, or an argument out of its range.
+    """
+    without, with_ = _checked(without, delta, confidence), _checked(with_, delta, confidence)
+    if min(len(without), len(with_)) < 4:
+        raise ValueError(f"each world needs at least 4 runs, got {len(without)} and {len(with_)}")
+    tried = []
+    for guess, worlds in (("with", (without, with_)), ("without", (-with_, -without))):  # where high
+        first, second = [s[: len(s) // 2] for s in worlds], [s[len(s) // 2 :] for s in worlds]
+        thresholds = np.unique(np.concatenate(first))
+        values, *_ = _rates(*first, thresholds, delta, confidence)
+        tried.append((values.max(), guess, second, thresholds[[values.argmax()]]))
+    _, guess, (low, high), threshold = max(tried, key=lambda t: t[0])
+    (value,), (false,), (true,) = _rates(low, high, threshold, delta, confidence)
+    found = f'"{guess}" guessed rightly {true} of {len(high)} times, wrongly {false} of {len(low)}'
+    return Bound(max(0.0, float(value)), delta, confidence, found)
+
+
+def _rates(low, high, thresholds, delta, confidence):
+    """(bounds of epsilon, false positives, true positives) of guessing "high" from each threshold on."""
+    miss = (1 - confidence) / 2
+    false, true = (len(s) - np.searchsorted(np.sort(s), thresholds) for s in (low, high))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        upper = np.where(false < len(low), stats.beta.ppf(1 - miss, false + 1, len(low) - false), 1.0)
+        lower = np.where(true > 0, stats.beta.ppf(miss, true, len(high) - true + 1), 0.0)
+        return np.where(lower > delta, np.log((lower - delta) / upper), -np.inf), false, true
+
+
+def one_run(trainer: Trainer, canaries, steps: int, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Trains once, every canary in or out by a fair coin of its own, and scores all of them.
+
+    Args:
+      canaries: int [m], positions in the training set; strong are large gradients, orthogonal to each other.
+    Returns:
+      (included bool [m], scores float64 [m], the ways along their gradients), for `one_run_bound`.
+    """
+    canaries = np.asarray(canaries)
+    included = np.random.default_rng([seed, 0x636F696E]).random(len(canaries)) < 0.5
+    moved = moves(trainer, steps, seed, canaries[~included]).sum(0, dtype=float)
+    directions = (canary_gradient(trainer, int(canary)) for canary in canaries)
+    return included, np.array([moved @ d / np.linalg.norm(d) for d in directions])
+
+
+def one_run_bound(included, scores, *, high: int, low: int = 0, delta, confidence: float = 0.99) -> Bound:
+    """A lower bound of epsilon from one run with m canaries, each of them in by a fair coin of its own.
+
+    Guesses "in" for the `high` canaries of the highest scores, "out" for the `low` ones of the lowest, and
+    abstains from the rest. Bound: the epsilon at which so many right guesses have `p_value` 1 - confidence.
+
+    Args:
+      included, scores: bool [m]; float [m], made without looking at `included`.
+      high, low: numbers of guesses, 1 to m in all, chosen before the run: the best of several choices is
+        not a bound at this confidence.
+      delta, confidence: in [0, 1 / (2 m)), as beyond the correction eats up everything; in (0, 1).
+    Raises:
+      ValueError: shapes that differ, NaN among the scores, or an argument out of its range.
+    """
+    included, scores = np.asarray(included, bool), _checked(scores, delta, confidence)
+    m, guesses = len(scores), high + low
+    if included.shape != scores.shape or min(high, low) < 0 or not 1 <= guesses <= m:
+        got = f"{included.shape}, {scores.shape} and {high} + {low} guesses"
+        raise ValueError(f"included and scores must be [m], with 1 to m guesses in all, got {got}")
+    if 2 * m * delta >= 1:
+        raise ValueError(f"delta must be below 1 / (2 * {m} canaries), got {delta}; make one of them smaller")
+    coins = included[np.argsort(scores, kind="stable")]
+    right = int(coins[m - high :].sum() + (~coins[:low]).sum())
+    above = lambda epsilon: p_value(right, guesses, m, epsilon, delta) - (1 - confidence)
+    epsilon = 0.0 if above(0.0) >= 0 else float(optimize.brentq(above, 0.0, 100.0))
+    return Bound(epsilon, delta, confidence, f"{right} of {guesses} guesses right, {m} canaries")
+
+
+def p_value(right: int, guesses: int, canaries: int, epsilon: float, delta: float) -> float:
+    """How likely, at most, `right` or more of `guesses` are right under (epsilon, delta)-privacy.
+
+    The main theorem of Steinke, Nasr and Jagielski 2023 (section 5): with m canaries and
+    f(v) = P[Binomial(guesses, p) >= v], p = e^epsilon / (1 + e^epsilon), it is
+
+        f(right) + 2 m delta max over i >= 1 of (f(right - i) - f(right)) / i.
+
+    Why: let delta = 0, fix the output, hence the guesses, and turn up the coins one after another. Each was
+    fair, and the output is at most e^epsilon times likelier for one side than for the other, so by Bayes a
+    guess is right with probability p at most, whatever the coins before it: a binomial at most. With delta
+    some outputs give guesses away; their number F has mean 2 m delta at most, and P[Binomial + F >= right]
+    is largest where F is 0 or the one i that gains most for its mean.
+
+    It grows with epsilon where 2 m delta < 1.
+
+    >>> p_value(20, 20, 1000, 0.0, 0.0) == 0.5**20
+    True
+    """
+    p = 1 / (1 + np.exp(-epsilon))
+    free = np.arange(right + 1)
+    tail = stats.binom.sf(right - 1 - free, guesses, p)
+    gain = (tail - tail[0])[1:] / free[1:]
+    return float(min(1.0, tail[0] + 2 * canaries * delta * gain.max(initial=0.0)))
+
+
+def _checked(scores, delta, confidence) -> np.ndarray:
+    scores = np.asarray(scores, float)
+    if scores.ndim != 1 or np.isnan(scores).any() or not 0 <= delta < 1 or not 0 < confidence < 1:
+        got = f"shape {scores.shape}, {np.isnan(scores).sum()} NaN, delta {delta}, confidence {confidence}"
+        raise ValueError(f"scores must be [n] without NaN, delta in [0, 1), confidence in (0, 1), got {got}")
+    return scores
+
+
+def _flat(tree, *leading) -> np.ndarray:
+    return np.concatenate([np.reshape(leaf, (*leading, -1)) for leaf in jax.tree.leaves(tree)], axis=-1)
