@@ -6,6 +6,7 @@ import time
 import jax
 import jax.numpy as jnp
 
+from dpnb.clipping import choose_form
 from dpnb.data import Dataset
 from dpnb.experiments.experiment import Experiment
 from dpnb.update import Trainer, call_size, make_trainer, memory_limit, step_keys
@@ -96,8 +97,9 @@ def physical_batch_size(trainer: Trainer) -> int:
     """Examples per device and call: the experiment's choice, else what fits and is fast.
 
     CPU: `call_size` (benchmarks/clipped_gradient.py).  Accelerators: the largest power of two,
-    up to 4096 views, whose footprint fits 60 % of the free memory; the footprint is XLA's at
-    two small sizes, continued as a straight line.
+    up to 4096 views, whose footprint fits 60 % of the free memory and whose gradients can be kept
+    (`dpnb.clipping.choose_form`) where they are at a small size; the footprint is XLA's at two small
+    sizes, continued as a straight line.
     """
     experiment, device = trainer.experiment, jax.devices()[0]
     if experiment.physical_batch_size or device.platform == "cpu":
@@ -105,8 +107,18 @@ def physical_batch_size(trainer: Trainer) -> int:
     limit = 0.6 * free_memory(device)
     small, double = (_footprint(trainer, n) for n in (2, 4))
     slope = max((double - small) / 2, 1)
+    memory = memory_limit(list(trainer.mesh.devices.flat))
+
+    def kept(n: int) -> bool:
+        form, _ = choose_form(trainer.state.params, n, memory)
+        return form == "materialised" or trainer.grad.form == "two-pass"
+
     size = 2
-    while 2 * size * max(experiment.augmult, 1) <= 4096 and small + slope * (2 * size - 2) <= limit:
+    while (
+        kept(2 * size)
+        and 2 * size * max(experiment.augmult, 1) <= 4096
+        and small + slope * (2 * size - 2) <= limit
+    ):
         size *= 2
     return size
 
@@ -123,4 +135,5 @@ def _masked_batch(trainer: Trainer, size: int) -> tuple:
 
 def free_memory(device: jax.Device) -> int:
     """Free bytes on the device, 8 GiB where it does not say."""
-    return memory_limit([device]) - (device.memory_stats() or {}).get("bytes_in_use", 0)
+    stats = device.memory_stats() or {}
+    return stats.get("bytes_limit", 8 * 2**30) - stats.get("bytes_in_use", 0)
