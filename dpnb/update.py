@@ -204,8 +204,7 @@ def make_trainer(
     physical = physical_batch_size or call_size(experiment)
     micro = microbatch(experiment.augmult)
     split = devices[0].platform == "cpu" and physical % micro == 0 and not experiment.on_features
-    alive = min(micro, physical) if split else physical
-    form, why = choose_form(params, alive, memory_limit(devices))
+    form, why = choose_form(params, physical, memory_limit(devices))
     if experiment.form != "auto":
         form, why = experiment.form, "asked for"
     grad = clipped_grad(
