@@ -66,9 +66,9 @@ _STANDARD = "standardised as in dpnb.augment"
 _PHOTOGRAPHS = (
     "ImageNet, the photographs of imagenet2012 (and so of imagenette, imagenet_resized, tiny_imagenet32)"
 )
-# Names that stand in the registry although nobody outside has the weights.
 # Data sets whose photographs are ImageNet's, or may be: none is public where another is private.
 IMAGENETS = "imagenet|ilsvrc|imagewoof"
+# Names that stand in the registry although nobody outside has the weights.
 UNRELEASED = ("nf-resnet-200-jft", "nfnet-f3-jft")
 WEIGHTS = {
     "wrn-10-2-tiny-imagenet32": Weights(
