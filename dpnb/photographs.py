@@ -121,7 +121,8 @@ def name_unreadable(unreadable, named: set[int] | None = None) -> None:
         if index not in named:
             named.add(index)
             warnings.warn(
-                f"image {index} cannot be read and counts as a zero gradient: {reason}", stacklevel=3
+                f"image {index} cannot be read and counts as a zero gradient (as wrong where it is evaluated): {reason}",
+                stacklevel=3,
             )
 
 
