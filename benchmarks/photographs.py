@@ -7,12 +7,11 @@ cores beside it.  What an accelerator takes is the registry's assumption of 100 
 """
 
 import argparse
-import os
 import time
 
 import numpy as np
 
-from dpnb import data
+from dpnb import data, photographs
 from dpnb.experiments import imagenet
 
 
@@ -26,7 +25,7 @@ def main() -> None:
     loaded = data.load(args.name, data_dir=args.data_dir, image_size=args.size)
     split = loaded.train.resized(loaded.recipe.enlarged)
     split.read(np.arange(8), np.ones(8, bool))  # opens the files
-    count, began, wall = 0, time.process_time(), time.monotonic()
+    count, began = 0, time.process_time()
     while time.process_time() - began < args.seconds:
         indices = np.random.default_rng(count).integers(0, len(split), 16)
         split.read(indices, np.ones(16, bool))
@@ -35,7 +34,7 @@ def main() -> None:
     print(f"{loaded.name}, squares of {split.size} px: {rate:.0f} photographs per second of a core's time")
     wall = time.monotonic()
     read = sum(len(labels) for _, labels in split.batches(16))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = photographs.cores()
     print(
         f"read ahead by Grain on {cores} cores: {read / (time.monotonic() - wall):.0f} per second of wall clock"
     )

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from dpnb.clipping import choose_form
 from dpnb.data import Dataset
 from dpnb.experiments.experiment import Experiment
-from dpnb.update import Trainer, call_size, make_trainer, memory_limit, step_keys
+from dpnb.update import Trainer, call_size, device_memory, make_trainer, memory_limit, step_keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,5 +135,4 @@ def _masked_batch(trainer: Trainer, size: int) -> tuple:
 
 def free_memory(device: jax.Device) -> int:
     """Free bytes on the device, 8 GiB where it does not say."""
-    stats = device.memory_stats() or {}
-    return stats.get("bytes_limit", 8 * 2**30) - stats.get("bytes_in_use", 0)
+    return device_memory(device) - (device.memory_stats() or {}).get("bytes_in_use", 0)

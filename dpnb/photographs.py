@@ -225,12 +225,11 @@ class Photographs:
     def _ahead(self, plan, rows: slice = slice(None)) -> Iterator[Batch]:
         import grain
 
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        one = 3 * self.size**2 * len(range(plan.size)[rows])
-        ahead = int(min(2 * (cores + 1), max(2, READ_AHEAD // one)))  # batches
-        threads = grain.ReadOptions(num_threads=min(cores + 1, ahead), prefetch_buffer_size=ahead)
+        threads, one = cores() + 1, 3 * self.size**2 * len(range(plan.size)[rows])
+        batches = int(min(2 * threads, max(2, READ_AHEAD // one)))
+        options = grain.ReadOptions(num_threads=min(threads, batches), prefetch_buffer_size=batches)
         ahead = grain.MapDataset.source(plan).map(lambda part: self.read(part[0][rows], part[1][rows]))
-        ahead = ahead.to_iter_dataset(threads)
+        ahead = ahead.to_iter_dataset(options)
         if self.workers:
             from absl import flags
 
@@ -238,6 +237,11 @@ class Photographs:
             options = grain.multiprocessing.MultiprocessingOptions(self.workers, per_worker_buffer_size=2)
             ahead = ahead.mp_prefetch(options)
         return iter(ahead)
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 class _Parts:
@@ -331,18 +335,19 @@ def file_hashes(files: list[pathlib.Path]) -> str:
             known = json.loads(memory.read_text())
         except (OSError, ValueError):
             known = {}
-        fresh = {}
+        before = len(known)
         for path in group:
             stat = path.stat()
             key = f"{path.name} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
             if key not in known:
                 with open(path, "rb") as file:
                     known[key] = hashlib.file_digest(file, "sha256").hexdigest()
-            fresh[key] = known[key]
-            digest.update(f"{directory.name}/{path.name} {fresh[key]}\n".encode())
+            digest.update(f"{directory.name}/{path.name} {known[key]}\n".encode())
+        if len(known) == before:
+            continue
         with contextlib.suppress(OSError):  # another process writes the same, or nothing may be written
             memory.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(memory, json.dumps(known | fresh))
+            write_whole(memory, json.dumps(known))
     return digest.hexdigest()
 
 

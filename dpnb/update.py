@@ -241,8 +241,13 @@ def make_trainer(
 
 def memory_limit(devices: list[jax.Device]) -> int:
     """Bytes that a device has for arrays, 8 GiB where it does not say; the first process's word holds for all."""
-    mine = next((d for d in devices if d.process_index == jax.process_index()), None)
-    return from_first(((mine and mine.memory_stats()) or {}).get("bytes_limit", 8 * 2**30))
+    mine = next((d for d in devices if d.process_index == jax.process_index()), jax.local_devices()[0])
+    return from_first(device_memory(mine))
+
+
+def device_memory(device: jax.Device) -> int:
+    """Bytes that a device of this process has for arrays, 8 GiB where it does not say."""
+    return (device.memory_stats() or {}).get("bytes_limit", 8 * 2**30)
 
 
 def microbatch(augmult: int) -> int:

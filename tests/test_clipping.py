@@ -313,20 +313,24 @@ def test_any_microbatch_and_any_physical_batch_give_the_same_sum(float64, backen
         assert error(total, want) < 1e-13
 
 
+def on_eight_devices(grad, *arguments):
+    """The sum over eight devices, each with its part of (params, examples, mask)."""
+
+    def local(params, examples, mask):
+        return jax.lax.psum(grad(params, examples, mask)[0], "data")
+
+    data, everywhere = PartitionSpec("data"), PartitionSpec()
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = dict(in_specs=(everywhere, data, data), out_specs=everywhere, check_vma=False)
+    return jit(jax.shard_map(local, mesh=mesh, **specs))(*arguments)
+
+
 def test_eight_devices_give_the_same_sum(float64):
     assert jax.device_count() == 8
     params, loss, examples = setup(*LAYERS["conv 3x3 stride 2"], 2, examples=8)
     mask = jnp.arange(8) != 2
     want, _ = jit(clipped_grad(loss, 1.0))(params, examples, mask)
-
-    def local(params, examples, mask):
-        return jax.lax.psum(clipped_grad(loss, 1.0)(params, examples, mask)[0], "data")
-
-    data, everywhere = PartitionSpec("data"), PartitionSpec()
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    specs = dict(in_specs=(everywhere, data, data), out_specs=everywhere, check_vma=False)
-    got = jit(jax.shard_map(local, mesh=mesh, **specs))(params, examples, mask)
-    assert error(got, want) < TOLERANCE
+    assert error(on_eight_devices(clipped_grad(loss, 1.0), params, examples, mask), want) < TOLERANCE
 
 
 # 9. Without a clip it is the plain gradient; rescaled, the clip leaves the scale.

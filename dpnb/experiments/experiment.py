@@ -6,10 +6,11 @@ import json
 import math
 import re
 
+from dpnb import clipping
 from dpnb.privacy import ACCOUNTANTS, SAMPLERS, SMALLEST_CLIP_NORM, Mechanism
 
 NETWORKS = ("wrn", "scatter-linear", "nf-resnet", "nf-resnet-timm", "nfnet-f0", "nfnet-f1", "nfnet-f3")
-FORMS = ("auto", "materialised", "two-pass")  # see dpnb.clipping
+FORMS = ("auto", *clipping.FORMS)
 SCHEDULES = ("constant", "cosine")
 # Fields younger than the first records: at these values they leave an experiment what it was.
 LATER = {"schedule": "constant", "pretrained": "", "trainable": "all", "image_size": 0}
