@@ -14,4 +14,4 @@ def use_compilation_cache(directory: str | None = None) -> None:
 
     directory = directory or os.environ.get("JAX_COMPILATION_CACHE_DIR")
     jax.config.update("jax_compilation_cache_dir", directory or str(pathlib.Path.home() / ".cache" / "dpnb"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 2.0)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -4,6 +4,9 @@ import os
 import tempfile
 
 os.environ["XDG_CACHE_HOME"] = os.path.join(tempfile.gettempdir(), "dpnb-tests")  # not the user's
+# One cache of compiled programs for all tests and the processes that they start.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(os.environ["XDG_CACHE_HOME"], "compiled")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 

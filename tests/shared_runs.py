@@ -24,11 +24,10 @@ def temporary(name: str) -> pathlib.Path:
 
 @functools.cache
 def environment() -> dict[str, str]:
-    """For subprocesses: one device, this checkout, one compilation cache for all."""
+    """For subprocesses: one device, this checkout; the compilation cache is that of all tests."""
     changed = {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "",
-        "JAX_COMPILATION_CACHE_DIR": str(temporary("compiled")),
         "PYTHONPATH": str(ROOT),
         "PYTHONWARNINGS": "ignore",
     }

@@ -48,6 +48,9 @@ def _cell(dataset: str, what: str, epsilon: float, mean, std, source: str, **cha
 # The last layer alone is cheap: every update sees all images (q = 1), so that no noise is wasted.
 _LAST_LAYER = dict(trainable="classifier", augmult=0, steps=100, expected_batch_size=50_000, momentum=0.9)
 _LAST_LAYER |= dict(learning_rate=8.0, physical_batch_size=2500)
+# On features of textures 8 is too much: at preset teach, with 5,000 images held out, 0.25, 0.5, 1, 2, 4
+# and 8 gave 40, 41, 42, 43, 44 and 42 % (two seeds each).
+_ON_TEXTURES = _LAST_LAYER | dict(learning_rate=4.0)
 _CHANGES = {"all": {}, "classifier": _LAST_LAYER}
 
 
@@ -68,7 +71,7 @@ TABLE = [
         ("tiny-imagenet32-all", "a smaller public set", _own("tiny-imagenet32")),
         ("tiny-imagenet32-classifier", "a smaller public set", _own("tiny-imagenet32") | _LAST_LAYER),
         ("textures-all", "no real public image; Tang et al. 2023 report 72.3 at epsilon 1", _own("textures")),
-        ("textures-classifier", "no real public image", _own("textures") | _LAST_LAYER),
+        ("textures-classifier", "no real public image", _own("textures") | _ON_TEXTURES),
     )
     for epsilon in EPSILONS
 ]  # fmt: skip
