@@ -19,7 +19,9 @@ NOTEBOOK = "cifar10_from_scratch.ipynb"
 FIELDS = [f.name for f in dataclasses.fields(experiments.Experiment)]
 # By the first part of a name, or its first two; else NOTEBOOK.
 NOTEBOOKS_OF = {"pretrain": "pretrain_public.ipynb", "imagenet/scratch": "imagenet_from_scratch.ipynb"}
-FIGURES = {**studies.STUDIES, "finetune": "cifar_finetune.ipynb"}
+FIGURES = {f"cifar10/{study}": notebook for study, notebook in studies.STUDIES.items()}
+FIGURES |= {f"{name}/finetune": "cifar_finetune.ipynb" for name in ("cifar10", "cifar100")}
+FIGURES |= {f"{name}/finetune": "imagenet_finetune.ipynb" for name in ("imagenet", "places365")}
 TABLES = {
     "imagenet": "[ip][ml]a*/*/*",
     "cifar10": "cifar10/[ws]*/eps*",
@@ -45,7 +47,11 @@ def main(arguments: list[str] | None = None) -> int:
     add.add_argument("--seeds", type=int, metavar="N", help="seeds 0 ... N - 1 of each: a sweep")
     add.add_argument("--secret-seed", action="store_true", help="draw the seed and publish it nowhere")
     add.add_argument("--out", type=pathlib.Path, help="directory (default runs/NAME/PRESET-seedSEED)")
-    add.add_argument("--data-dir", default="", help="TFDS directory")
+    add.add_argument(
+        "--data-dir",
+        default="",
+        help="TFDS directory, or of photographs NAME/train/CLASS/IMAGE, NAME/val/...",
+    )
     add.add_argument("--data-file", default="", help="prepared array file (.npz) instead of TFDS")
     add.add_argument("--data-note", default="", help="caveat about the data, copied into the record")
     add = commands.add_parser("table", help="paper | ours | difference")
@@ -60,6 +66,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return {"list": list_, "run": run, "table": table, "verify": verify}[options.command](options)
+    except BrokenPipeError:  # `dpnb list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         print(f"dpnb: {error}", file=sys.stderr)
     except (KeyError, TypeError, ValueError) as error:
@@ -129,24 +138,32 @@ def run_sweep(options) -> int:
             "a sweep has published seeds, got --secret-seed; run one experiment at a time with it"
         )
     asked = changes(options.set)
-    todo = sweep.plan(options.name, options.preset, options.seeds or 1, data_note=options.data_note, **asked)
+    plan = functools.partial(sweep.plan, options.name, options.preset, options.seeds or 1)
+    todo, root = plan(data_note=options.data_note, **asked), options.out or pathlib.Path("runs")
+    if options.preset == "smoke" and todo[0].image_size and not options.data_dir and "dataset" not in asked:
+        from dpnb import photographs
+
+        options.data_dir = photographs.stand_ins("digits", root / "photographs")
+        print(f"no --data-dir: digits, as JPEG files below {options.data_dir}")
+        todo = plan(data_note=options.data_note, dataset="digits", **asked)
     if options.seeds is None:
         todo = [e.replace(seed=None if options.secret_seed else options.seed) for e in todo]
     datasets = {(e.dataset, e.image_size) for e in todo}
     if len(datasets) > 1:
         raise ValueError(f"a sweep reads one data set, got those of {options.name!r}; narrow the pattern")
     dataset, image_size = datasets.pop()
+    if impossible := [e for e in todo if e.impossible and options.preset == "paper"]:
+        raise ValueError(f"{impossible[0].name} cannot be run in public: {impossible[0].impossible}")
     loaded = data.load(
         dataset, image_size=image_size, data_dir=options.data_dir or None, file=options.data_file or None,
         validation=todo[0].validation, note=options.data_note,
     )  # fmt: skip
     dpnb.use_compilation_cache()
-    root = options.out or pathlib.Path("runs")
     made = sweep.run(todo, loaded, root, say=functools.partial(print, flush=True))
     frame = results.summary([e for e in todo if e.seed == todo[0].seed], made.records)
     print("\n" + results.tidy(frame.drop(columns=["first", "note"])).to_string(index=False))
     print(f"records: {root}")
-    for study in sorted({e.name.split("/")[1] for e in todo} & set(FIGURES)):
+    for study in sorted({"/".join(e.name.split("/")[:2]) for e in todo} & set(FIGURES)):
         print(f"figures: notebooks/{FIGURES[study]} with train = False")
     return 1 if made.failures else 0
 

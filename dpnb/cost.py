@@ -27,12 +27,18 @@ class Cost:
     form: str = ""
 
     def __str__(self) -> str:
-        minutes = self.seconds / 60
-        time_ = f"{minutes:.1f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours"
         return (
             f"{self.views:.3g} views, {self.flops:.3g} FLOP, {self.memory / 2**20:.0f} MiB per device "
-            f"(physical batches of {self.physical_batch_size} examples), about {time_} of training; {self.form}"
+            f"(physical batches of {self.physical_batch_size} examples), about {duration(self.seconds)} of updates "
+            f"(compilation, reading and evaluation come on top); {self.form}"
         )
+
+
+def duration(seconds: float) -> str:
+    """ "31 seconds", "4.2 minutes", "3.0 hours"."""
+    if seconds < 60:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.1f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
 def predict(experiment: Experiment, data: Dataset, repeats: int = 3) -> Cost:

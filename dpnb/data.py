@@ -276,9 +276,11 @@ def prepared(name: str, data_dir):
         builder = tfds.builder(name, data_dir=None if data_dir is None else os.path.expanduser(data_dir))
     except Exception as error:  # not registered, and nothing of that name prepared
         known = ", ".join(CLASSES)
+        folder = pathlib.Path(data_dir or ".").expanduser() / name / "train"
+        hint = f"; {folder} is a folder: photographs are read with image_size" * folder.is_dir()
         raise DataError(
             f"name must be one of {known}, a data set that TFDS finds below data_dir ({data_dir}), or come "
-            f"with `file`; got {name!r} ({type(error).__name__})"
+            f"with `file`; got {name!r} ({type(error).__name__}){hint}"
         ) from error
     where = pathlib.Path(builder.data_path)
     if not where.exists():

@@ -435,7 +435,8 @@ def privacy_statement(
         seed = "The seed must stay secret: who knows it can subtract the noise. The guarantee holds only "
     pretraining = (
         f"pre-training data: the run started from parameters pre-trained on {pretrained}, which get no "
-        "protection at all from it"
+        "protection at all from it; that none of the private examples was among them is the word of whoever ran "
+        "this, as far as names and fingerprints do not show it"
         if pretrained
         else "pre-training data: none was used (where there is some, it gets no protection)"
     )

@@ -30,7 +30,7 @@ from dpnb.files import write_whole
 
 READ_AHEAD = 2**31  # bytes of decoded photographs at most, two batches at least
 HASHES = "dpnb/hashes"  # below the user's cache: of files, by size and time of change
-SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
+SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 UNREADABLE = -1  # the label of an image that could not be read; its gradient is zero
 
 
@@ -369,7 +369,13 @@ def load(
     if (folder / "train").is_dir():
         (train, test), classes = _folders(folder)
     else:
-        (train, test), classes = _tfds(name, data_dir)
+        try:
+            (train, test), classes = _tfds(name, data_dir)
+        except DataError as error:
+            raise DataError(
+                f"photographs are read from TFDS or from {folder}/train/CLASS/IMAGE, and there is no such folder; "
+                f"nor in TFDS: {error}"
+            ) from error
     n = len(train)
     if validation and not 0 < validation < n:
         raise DataError(f"validation must leave images to train on: 0 to {n - 1}, got {validation}")
@@ -394,7 +400,21 @@ def _folders(folder: pathlib.Path):
     unknown = {*_classes(report)} - {*classes}
     if unknown:
         raise DataError(f"classes of {report} must be those of train, got also {sorted(unknown)[:3]}")
-    return (FolderSource(folder / "train", classes), FolderSource(report, classes)), classes
+    sources = FolderSource(folder / "train", classes), FolderSource(report, classes)
+    for source, what in zip(sources, ("learnt", "tested"), strict=True):
+        empty = sorted({*classes} - {p.parent.name for p in source.files})
+        if empty:
+            warnings.warn(
+                f"{len(empty)} classes are not {what}: {source.root} has no photograph of {empty[:3]}",
+                stacklevel=4,
+            )
+    others = [p.name for p in folder.glob("*/*/*") if p.suffix.lower() not in SUFFIXES and p.name[0] != "."]
+    if others:
+        warnings.warn(
+            f"{len(others)} files below {folder} are not read, such as {others[0]}; photographs end in {', '.join(SUFFIXES)}",
+            stacklevel=4,
+        )
+    return sources, classes
 
 
 def _tfds(name: str, data_dir):
@@ -408,6 +428,17 @@ def _tfds(name: str, data_dir):
         )
     sources = tuple(TfdsSource(str(builder.data_path), s) for s in ("train", report))
     return sources, tuple(builder.info.features["label"].names)
+
+
+def stand_ins(name: str, root: str | pathlib.Path) -> pathlib.Path:
+    """Where nobody has photographs: a small data set in memory (digits), once written as JPEG files below
+    `root`; returns `root`, the data_dir to load them from."""
+    from dpnb import data
+
+    root = pathlib.Path(root)
+    if not (root / name).exists():
+        write_folders(data.load(name), root / name)
+    return root
 
 
 def write_folders(

@@ -30,6 +30,7 @@ def curve(result: dict[str, Any]) -> Figure:
     right.set(xlabel="update", ylabel="training loss (nats)", title="Training loss (not private)")
     for axis in (left, right):
         axis.grid(alpha=0.3)
+        axis.xaxis.get_major_locator().set_params(integer=True)
     return figure
 
 
@@ -46,17 +47,19 @@ def budget(spent: dict[str, tuple[list[int], list[float]]], target: float | None
     if target is not None:
         axis.axhline(target, color="grey", linestyle=":", label=f"budget: epsilon = {target:g}")
     axis.set(xlabel="update", ylabel="epsilon", title="How the privacy budget is spent", ylim=(0, None))
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.3)
     axis.legend()
     return figure
 
 
-def views(images: np.ndarray, titles: list[str]) -> Figure:
+def views(images: np.ndarray, titles: list[str], first: str = "original") -> Figure:
     """Rows of small pictures: the original first, then its K views.
 
     Args:
       images: uint8 [examples, 1 + K, h, w, 3].
       titles: one per example.
+      first: what the first column is.
     """
     rows, columns = images.shape[:2]
     figure, axes = plt.subplots(
@@ -66,7 +69,7 @@ def views(images: np.ndarray, titles: list[str]) -> Figure:
         for c in range(columns):
             axes[r, c].imshow(images[r, c])
             axes[r, c].set(xticks=[], yticks=[])
-            axes[0, c].set_title("original" if c == 0 else f"view {c}", fontsize=8)
+            axes[0, c].set_title(first if c == 0 else f"view {c}", fontsize=8)
         axes[r, 0].set_ylabel(titles[r], fontsize=8)
     return figure
 

@@ -89,7 +89,7 @@ def peak_memory_mib() -> int | None:
 
 
 def save(run: Run, data: Dataset, directory: str | pathlib.Path) -> dict[str, Any]:
-    """Writes `result.json` and the averaged parameters (`ema.safetensors`, float32)."""
+    """Writes `result.json`, its `privacy.md`, and the averaged parameters (`ema.safetensors`, float32)."""
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     saw = f"{data.name}, as {run.experiment.name} (fingerprint {data.fingerprint})"
@@ -98,6 +98,7 @@ def save(run: Run, data: Dataset, directory: str | pathlib.Path) -> dict[str, An
     write_whole(directory / "ema.safetensors", serialised(flatten(run.ema_params), {"saw": saw}))
     made = record(run, data)
     write_whole(directory / "result.json", json.dumps(made, indent=1, allow_nan=False) + "\n")
+    write_whole(directory / "privacy.md", statement(made) + "\n")
     return made
 
 
@@ -175,10 +176,10 @@ def row(result: dict[str, Any]) -> str:
         for name in ("pld", "rdp")
         if p[f"epsilon_{name}"] is not None
     )
-    theirs = spread(paper["mean"], paper["std"])
+    theirs = "" if paper["mean"] is None else f" (paper: {spread(paper['mean'], paper['std'])} %)"
     return (
         f"{result['experiment']} [{result['preset']}, seed {result['seed']}] on {result['data']['name']}: "
-        f"EMA {result['accuracy']['ema']:.2f} %, raw {result['accuracy']['raw']:.2f} % (paper: {theirs} %) at "
+        f"EMA {result['accuracy']['ema']:.2f} %, raw {result['accuracy']['raw']:.2f} %{theirs} at "
         f"{p['epsilon_is']} epsilon {epsilons or 'infinite'}, delta {p['delta']:g}, sigma "
         f"{p['noise_multiplier']:.4g}, q {p['sampling_probability']:.4g}, {p['steps']} steps, "
         f"{p['sampler']} sampling, {p['neighbours']}; {result['seconds'] / 60:.1f} minutes on {result['devices']}"
@@ -202,9 +203,7 @@ def table(pattern: str, results: list[dict[str, Any]]):
     rows = []
     for name in experiments.names(pattern):
         e = experiments.get(name)
-        paper = spread(e.paper_mean, e.paper_std)
-        flag = " (unverified)" if "unverified" in e.paper_source else ""
-        base = {"experiment": name, "epsilon": e.epsilon, "paper": paper + flag}
+        base = {"experiment": name, "epsilon": e.epsilon, "paper": published(e)}
         for preset in experiments.PRESETS:
             runs = cell(name, preset, results)
             if runs:
@@ -236,6 +235,12 @@ def status(experiment: experiments.Experiment, results: list[dict[str, Any]]) ->
     return f"{could} (run at {smaller})" if smaller else could
 
 
+def published(experiment: experiments.Experiment) -> str:
+    """The paper's number with its spread, "(unverified)" where it was not checked, "-" where nothing is known."""
+    flag = " (unverified)" if "unverified" in experiment.paper_source and experiment.paper_mean else ""
+    return spread(experiment.paper_mean, experiment.paper_std) + flag
+
+
 def possibility(experiment: experiments.Experiment) -> str:
     """Can anybody run it, and (on ImageNet and Places) for how many hours of one accelerator?"""
     if experiment.impossible:
@@ -243,8 +248,8 @@ def possibility(experiment: experiments.Experiment) -> str:
     if experiment.dataset not in imagenet.EXAMPLES:
         return "runnable"
     hours = imagenet.device_hours(experiment)
-    cost = f"about {hours:,.0f}" if hours >= 1 else "under 1"
-    return f"runnable, {cost} H100-hours (assumed speed)"
+    cost = f"about {hours:,.0f} H100-hours" if hours >= 1 else f"about {60 * hours:.0f} H100-minutes"
+    return f"runnable, {cost} (assumed speed)"
 
 
 def verdict(experiment: experiments.Experiment, runs: list[dict[str, Any]]) -> str:

@@ -129,6 +129,15 @@ def predict(todo: list[Experiment], data: Dataset) -> dict[Experiment, cost.Cost
     return found
 
 
+def budget(e: Experiment, data: Dataset) -> str:
+    """What a calibrated experiment will spend on these data, in a line."""
+    n = len(data.train)
+    return (
+        f"N {n:,}, q {e.expected_batch_size / n:.4g}, sigma {e.noise_multiplier:.4g}, {e.steps:,} updates: "
+        f"epsilon {e.epsilon:.4g} at delta {e.delta:g} ({e.accountant.upper()}, {e.sampler} sampling)"
+    )
+
+
 def run(todo: list[Experiment], data: Dataset, root: str | pathlib.Path, say=print) -> Sweep:
     """Trains what is not finished below `root`, says how long it will take, and goes on after failures.
 
@@ -145,9 +154,11 @@ def run(todo: list[Experiment], data: Dataset, root: str | pathlib.Path, say=pri
     say(f"{len(todo)} cells, {len(todo) - len(left)} of them finished")
     if left:
         costs = predict(left, data)
-        minutes = sum(c.seconds for c in costs.values()) / 60
+        whole = cost.duration(sum(c.seconds for c in costs.values()))
+        unknown = len(left) - len(costs)
         say(
-            f"the other {len(left)}: about {minutes:.0f} minutes of training on {jax.devices()[0].device_kind}"
+            f"the other {len(left)}: about {whole} of updates on {jax.devices()[0].device_kind}, compilation and "
+            f"evaluation come on top{f'; {unknown} cannot be timed, and will say why' * bool(unknown)}"
         )
     for number, e in enumerate(left, 1):
         label = f"{e.name}, seed {e.seed}"
@@ -155,6 +166,8 @@ def run(todo: list[Experiment], data: Dataset, root: str | pathlib.Path, say=pri
         try:
             ready = features.prepare(e, data)
             size = costs[e].physical_batch_size if e in costs else e.physical_batch_size
+            if e in costs:
+                say(f"    {budget(training.calibrated(e, len(data.train)), data)}; {costs[e].form}")
             trained = training.train(e.replace(physical_batch_size=size), ready, directory(root, e))
             done[e] = results.save(trained, ready, directory(root, e))
             say(f"    EMA {done[e]['accuracy']['ema']:.2f} %, {done[e]['seconds'] / 60:.1f} minutes")

@@ -33,9 +33,12 @@ def verify(directory: str | pathlib.Path, *, data_dir=None, data_file=None) -> R
       data_dir, data_file: as for `dpnb.data.load`.
     Raises:
       FileNotFoundError: no such record.
-    Without the data set or the weights the ledger alone is checked, and the report says so.
+    Without the data set or the weights the ledger of the record alone is checked, and the report says so
+    (`dpnb verify` then ends with exit status 3).
     """
     directory = pathlib.Path(directory)
+    own = directory / "photographs"  # digits that a notebook wrote as JPEG files
+    data_dir = own if data_dir is None and own.is_dir() else data_dir
     r = json.loads((directory / "result.json").read_text())
     checks = []
     for accountant in ("pld", "rdp"):
@@ -58,6 +61,8 @@ def verify(directory: str | pathlib.Path, *, data_dir=None, data_file=None) -> R
             validation=experiment.validation,
             image_size=experiment.image_size,
         )
+        if not (directory / "ema.safetensors").is_file():
+            raise FileNotFoundError("this record comes without its weights, ema.safetensors")
         weights = load_file(directory / "ema.safetensors")
         if r.get("pretrained"):
             began = pretrained.used(experiment)["sha256"]

@@ -69,6 +69,12 @@ def test_other_commands_refuse_too(capsys, here):
     refusal(capsys, "verify", str(here / "nothing"))
 
 
+def test_cells_that_nobody_outside_can_run_say_so(capsys, here):
+    line = refusal(capsys, "run", "imagenet/finetune/nfnet-f3-jft/eps8", "--preset", "paper")
+    assert "cannot be run in public" in line and "JFT-300M" in line
+    assert not list(here.iterdir())
+
+
 def test_a_wheel_without_notebooks_says_so(capsys, here, monkeypatch):
     monkeypatch.setattr(cli, "NOTEBOOKS", here / "no notebooks")
     assert "source checkout" in refusal(capsys, "run", "digits/demo")

@@ -56,10 +56,11 @@ def test_nothing_is_written(predicted):
 
 def test_in_words(predicted):
     text = str(predicted[0])
-    for unit in ("views", "FLOP", "MiB per device", "examples", "minutes"):
+    for unit in ("views", "FLOP", "MiB per device", "examples", "of updates", "seconds"):
         assert unit in text
     long = dataclasses.replace(predicted[0], seconds=3 * 3600.0)
     assert "about 3.0 hours" in str(long)
+    assert [cost.duration(s) for s in (31, 90, 7199)] == ["31 seconds", "1.5 minutes", "120.0 minutes"]
 
 
 def trainer(**changes):

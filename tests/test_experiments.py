@@ -80,6 +80,13 @@ def test_unknown_name_suggests():
         experiments.get("digits/demo", "tiny")
 
 
+def test_another_data_set_has_no_number_of_the_paper_beside_it():
+    e = experiments.get("imagenet/scratch/nf-resnet-50/eps8", dataset="mine")
+    assert (e.paper_mean, e.paper_std) == (None, None) and "is on imagenet2012" in e.paper_source
+    same = experiments.get("imagenet/scratch/nf-resnet-50/eps8", dataset="imagenet2012")
+    assert same.paper_mean == 32.4
+
+
 @pytest.mark.parametrize("name", experiments.names())
 def test_presets_change_the_scale_not_the_promise(name):
     full = experiments.get(name)

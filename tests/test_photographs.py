@@ -318,7 +318,7 @@ def test_fingerprint_sees_every_file_and_the_size(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda root: None, "neither|name must be"),
+        (lambda root: None, r"x/train/CLASS/IMAGE, and there is no such folder"),
         (lambda root: (root / "x/train/a").mkdir(parents=True), "needs a folder val"),
         (
             lambda root: [(root / f"x/{p}").mkdir(parents=True) for p in ("train/a", "val/b")],
@@ -334,6 +334,41 @@ def test_folders_that_are_no_data_set(make, message, tmp_path):
     make(tmp_path)
     with pytest.raises(DataError, match=message):
         data.load("x", data_dir=tmp_path, image_size=16)
+
+
+def test_folders_say_what_is_missing_and_what_is_not_read(tmp_path):
+    """Classes without photographs, files of other kinds; a folder asked for as images in memory."""
+    root = photographs.write_folders(data.load("digits"), tmp_path / "x", side=40, limit=12)
+    for file in (root / "val" / "3").iterdir():
+        file.unlink()
+    (root / "train" / "4" / "notes.txt").write_text("no photograph")
+    with pytest.warns() as said:
+        made = data.load("x", data_dir=tmp_path, image_size=16)
+    said = "\n".join(str(w.message) for w in said)
+    assert "are not tested: " in said and "val has no photograph of" in said and "'3'" in said
+    assert "1 files below" in said and "such as notes.txt; photographs end in .jpeg" in said
+    assert len(made.train) == 12 and len(made.classes) == 10
+    with pytest.raises(DataError, match="x/train is a folder: photographs are read with image_size"):
+        data.load("x", data_dir=tmp_path)
+
+
+def test_bitmaps_and_gifs_are_photographs_too(tmp_path):
+    for which in ("train", "val"):
+        (tmp_path / "x" / which / "a").mkdir(parents=True)
+        for suffix in ("bmp", "gif", "tiff", "png"):
+            Image.new("RGB", (20, 20), "red").save(tmp_path / "x" / which / "a" / f"{suffix}.{suffix}")
+    made = data.load("x", data_dir=tmp_path, image_size=16)
+    ((images, labels),) = made.train.batches(8)
+    assert len(made.train) == 4 and set(labels) == {0}
+    assert np.abs(images.astype(int) - [255, 0, 0]).max() <= 2
+
+
+def test_stand_ins_are_written_once(tmp_path):
+    assert photographs.stand_ins("digits", tmp_path / "p") == tmp_path / "p"
+    files = sorted((tmp_path / "p").rglob("*.jpeg"))
+    times = [file.stat().st_mtime_ns for file in files]
+    photographs.stand_ins("digits", tmp_path / "p")
+    assert len(files) == 400 + 297 and times == [file.stat().st_mtime_ns for file in files]
 
 
 def test_array_files_are_refused_as_photographs(tmp_path):

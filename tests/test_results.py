@@ -113,6 +113,7 @@ def test_statement_and_row_state_epsilon_with_its_terms(tiny):
         for term in ("PLD", "RDP", "sigma", "q ", "delta", "poisson", "valid", privacy.NEIGHBOURS):
             assert term in text, term
     assert "made up" in results.statement(tiny.result)
+    assert (tiny.out / "privacy.md").read_text() == results.statement(tiny.result) + "\n"
     public = {"weights": "wrn", "sha256": "0", "saw": "ImageNet at 32x32"}
     assert "pre-trained on ImageNet at 32x32" in results.statement({**tiny.result, "pretrained": public})
 

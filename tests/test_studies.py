@@ -51,4 +51,4 @@ def test_trains_and_shows(tmp_path):
     records = [json.loads(file.read_text()) for file in tmp_path.rglob("result.json")]
     assert len(records) == 2 and all(r["privacy"]["steps"] == 2 and r["preset"] == "smoke" for r in records)
     assert sum("image/png" in o.get("data", {}) for o in outputs) >= 3
-    assert "minutes of training" in text and "EMA" in text
+    assert "of updates on" in text and "EMA" in text

@@ -58,7 +58,11 @@ def test_cells_that_are_one_experiment_run_once():
 def test_records_and_prediction(done):
     root, made, said = done
     assert not made.failures and len(made.records) == 6
-    assert "6 cells, 0 of them finished" in said[0] and "minutes of training" in said[1]
+    assert "6 cells, 0 of them finished" in said[0] and "of updates on" in said[1]
+    budgets = [line for line in said if "sigma" in line]
+    assert len(budgets) == 6 and all(
+        "N 96, q" in b and "epsilon" in b and "materialised" in b for b in budgets
+    )
     for e in plan():
         r = json.loads((sweep.directory(root, e) / "result.json").read_text())
         assert (r["experiment"], r["seed"], r["privacy"]["steps"]) == (e.name, e.seed, 2)

@@ -170,6 +170,24 @@ def test_weights_that_saw_the_private_images_are_refused(tmp_path):
     assert pretrained.used(experiment(path), named("birds", seed=1))["saw"] == pretrained.saw(path)
 
 
+def test_imagenet_is_known_by_its_classes_and_before_its_weights_are_fetched():
+    """Photographs of ImageNet in a folder of any name; nobody downloads and converts a file first."""
+    wordnet = dataclasses.replace(
+        tiny.data(), name="mine", classes=("n01440764", "n02102040", "n03000684", "dog")
+    )
+    e = experiment("nf-resnet-50-imagenet")
+    with pytest.raises(ValueError, match="must not have seen the private data .mine, also known as imagenet"):
+        pretrained.used(e, wordnet)
+    with pytest.raises(ValueError, match="no SHA-256 is on record"):  # other classes: on to the file
+        pretrained.used(e, dataclasses.replace(wordnet, classes=("n01440764", "dog", "cat", "tree")))
+    assert pretrained.used(experiment("wrn-10-2-textures"), wordnet)["saw"].startswith("random textures")
+
+
+def test_weights_that_are_still_to_be_trained_say_how():
+    with pytest.raises(FileNotFoundError, match="`dpnb run pretrain/places365` makes it"):
+        pretrained.load("runs/pretrain/places365/paper-seed0/ema.safetensors")
+
+
 @pytest.mark.parametrize(
     ("name", "text", "there"),
     [("cifar10", "CIFAR-10", True), ("cifar10", "CIFAR-100", False), ("cifar100", "cifar_100 (all of it)", True),

@@ -26,7 +26,7 @@ def get(name: str, preset: str = "paper", **changes) -> Experiment:
     Args:
       name: one of `names()`.
       preset: smoke | teach | colab | paper.
-      changes: fields to set on top, e.g. `seed=1`.
+      changes: fields to set on top, e.g. `seed=1`; on another data set no number of the paper is beside it.
     Raises:
       KeyError: unknown name. ValueError: unknown preset or bad value. TypeError: unknown field.
 
@@ -38,5 +38,8 @@ def get(name: str, preset: str = "paper", **changes) -> Experiment:
         raise KeyError(f"no experiment {name!r}; did you mean {' or '.join(close) or 'one of `dpnb list`'}?")
     if preset not in PRESETS:
         raise ValueError(f"preset must be one of {PRESETS}, got {preset!r}")
-    scale = _AT[name](_ALL[name], preset)
-    return _ALL[name].replace(**{"preset": preset, **scale, **changes})
+    e = _ALL[name]
+    if changes.get("dataset", e.dataset) != e.dataset:  # what the paper reports is of another data set
+        source = f"none: {name} is on {e.dataset}"
+        changes = dict(paper_mean=None, paper_std=None, paper_source=source) | changes
+    return e.replace(**{"preset": preset, **_AT[name](e, preset), **changes})

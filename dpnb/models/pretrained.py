@@ -137,7 +137,10 @@ def _content(name: str, cache: str | pathlib.Path) -> bytes:
         if path.is_file():
             return path.read_bytes()
         if path.suffix == ".safetensors" or len(path.parts) > 1:
-            raise FileNotFoundError(f"there is no file of weights {path}; pre-train or convert one first")
+            parts = path.parts
+            made = parts[parts.index("pretrain") + 1] if "pretrain" in parts[:-1] else ""
+            how = f"`dpnb run pretrain/{made}` makes it" if made else "pre-train or convert one first"
+            raise FileNotFoundError(f"there is no file of weights {path}; {how}")
         raise KeyError(f"weights are a safetensors file or one of {', '.join(WEIGHTS)}; got {name!r}")
     weights = WEIGHTS[name]
     if not weights.url:
@@ -206,18 +209,31 @@ def used(experiment: Experiment, private: Dataset | None = None) -> dict[str, st
     Args:
       private: what is about to be trained on.
     Raises:
-      ValueError: the weights say that they saw a data set of that name or fingerprint: what they carry
-        of it goes past every clip and all noise, and no epsilon covers it.  Else as `load`.
+      ValueError: the weights say that they saw a data set of that name or fingerprint (or ImageNet, where
+        the classes are WordNet numbers, as ImageNet's are): what they carry of it goes past every clip and
+        all noise, and no epsilon covers it. Photographs under another name nobody can recognise: that the
+        weights saw none of them is then the user's word. Else as `load`.
     """
     if not experiment.pretrained:
         return None
+    if experiment.pretrained in WEIGHTS:  # refused before anybody downloads and converts them
+        _refuse_seen(experiment, private, saw(experiment.pretrained))
     content, seen = identity(load(experiment.pretrained)), saw(experiment.pretrained)
-    if private is not None and (private.fingerprint in seen or names(private.name, seen)):
+    _refuse_seen(experiment, private, seen)
+    return {"weights": pathlib.Path(experiment.pretrained).name, "sha256": content, "saw": seen}
+
+
+def _refuse_seen(experiment: Experiment, private: Dataset | None, seen: str) -> None:
+    """Weights that name the private data among what they saw: by name, fingerprint, or ImageNet's classes."""
+    if private is None:
+        return
+    wordnet = sum(re.fullmatch(r"n\d{8}", name) is not None for name in private.classes)
+    called = [private.name, *["imagenet"] * (2 * wordnet > len(private.classes))]
+    if private.fingerprint in seen or any(names(name, seen) for name in called):
         raise ValueError(
-            f"{experiment.name}: public weights must not have seen the private data ({private.name}), got "
+            f"{experiment.name}: public weights must not have seen the private data ({', also known as '.join(called)}), got "
             f"{experiment.pretrained}, trained on {seen}; take others, or train from scratch"
         )
-    return {"weights": pathlib.Path(experiment.pretrained).name, "sha256": content, "saw": seen}
 
 
 def names(name: str, text: str) -> bool:
