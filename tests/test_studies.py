@@ -1,11 +1,14 @@
 """Each study's notebook, executed by papermill: two cells trained for two updates, all records shown."""
 
 import json
+import runpy
 
+import nbformat
 import pytest
 import shared_runs
 from shared_runs import execute
 
+from dpnb import results, sweep
 from dpnb.experiments import studies
 
 PATTERNS = {  # a part of each study
@@ -52,3 +55,36 @@ def test_trains_and_shows(tmp_path):
     assert len(records) == 2 and all(r["privacy"]["steps"] == 2 and r["preset"] == "smoke" for r in records)
     assert sum("image/png" in o.get("data", {}) for o in outputs) >= 3
     assert "of updates on" in text and "EMA" in text
+
+
+SHOWN = runpy.run_path(str(shared_runs.NOTEBOOK.parent / "execute.py"))["NAMES"]
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_the_executed_copy_is_that_of_the_notebook(name):
+    """Nothing in it is older than the notebook; to renew it: python notebooks/execute.py NAME."""
+    shown = nbformat.read(shared_runs.ROOT / "results" / "notebooks" / f"{name}.ipynb", 4)
+    plain = nbformat.read(shared_runs.NOTEBOOK.parent / f"{name}.ipynb", 4)
+    cells = [c for c in shown.cells if "injected-parameters" not in c.metadata.get("tags", ())]
+    assert [c.source for c in cells] == [c.source for c in plain.cells]
+    outputs = [o for c in cells for o in c.get("outputs", ())]
+    assert any("image/png" in o.get("data", {}) for o in outputs)
+    assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
+
+
+@pytest.mark.parametrize("study", studies.STUDIES)
+def test_the_executed_copy_shows_the_records(study):
+    notebook = studies.STUDIES[study]
+    shown = nbformat.read(shared_runs.ROOT / "results" / "notebooks" / notebook, 4)
+    outputs = [o for c in shown.cells for o in c.get("outputs", ())]
+    lines = [line for o in outputs for line in o.get("data", {}).get("text/markdown", "").splitlines()]
+    frame = sweep.on_record(f"cifar10/{study}/*", "teach", results.load(shared_runs.ROOT / "results"))[
+        "teach"
+    ]
+    for row in results.tidy(frame[frame["first"] & (frame["n"] > 0)]).itertuples():
+        same = [
+            x
+            for x in lines
+            if x.startswith(f"| {row.cell} |") and f"| {row.ema} |" in x and f"| {row.n} |" in x
+        ]
+        assert same, f"{row.cell}: renew it: python notebooks/execute.py {notebook[:-6]}"
