@@ -83,7 +83,7 @@ TABLE = [
     *[_cell(f"depth-width/w{w}", _FIGURE.format("width"), width=w) for w in (1, 2, 4, 8)],
     *[
         _cell(f"lr-clip/lr{lr:g}-c{c:g}", _FIGURE.format("learning rate and clipping norm"), learning_rate=lr, clip_norm=c)
-        for lr in (0.5, 1.0, 2.0, 4.0)
+        for lr in (0.5, 1.0, 2.0, 4.0, 8.0)
         for c in (0.1, 1.0, 10.0)
     ],
 ]  # fmt: skip
