@@ -115,7 +115,15 @@ def bars(
     """
     if not frame["n"].sum():
         return None
-    figure, axis = plt.subplots(figsize=(8, 0.5 * len(frame) + 1.9), layout="constrained")
+    ran = frame[frame["n"] > 0]
+    varied = bool(ran[["B", "T", "K"]].nunique().max() > 1)  # then each bar says its own
+    scales = [
+        f"\nB {b:,}, T {t:,}, K {k}" * varied
+        for b, t, k in zip(frame["B"], frame["T"], frame["K"], strict=True)
+    ]
+    figure, axis = plt.subplots(
+        figsize=(8, (0.6 if varied else 0.5) * len(frame) + 1.9), layout="constrained"
+    )
     places = np.arange(len(frame))
     axis.barh(places, frame["ema"], xerr=frame["ema_std"], color="C0", alpha=0.8, label="ours (mean, std)")
     for place, (_, row) in zip(places, frame.iterrows(), strict=True):
@@ -125,11 +133,14 @@ def bars(
     if reference:
         known = [(p, reference[c]) for p, c in zip(places, frame["cell"], strict=True) if c in reference]
         axis.plot([v for _, v in known], [p for p, _ in known], "kD", label=whose)
-    axis.set_yticks(places, frame["cell"])
+    axis.set_yticks(
+        places, [cell + scale for cell, scale in zip(frame["cell"], scales, strict=True)], fontsize=8
+    )
+    axis.set_xticks(range(0, 101, 10))
     axis.set_ylim(len(frame) - 0.4, -0.6)  # from above; also where the last has no bar
     right = np.nanmax([0, *(frame["ema"] + frame["ema_std"].fillna(0)), *(reference or {}).values()])
     axis.set(xlabel="test accuracy (%)", xlim=(0, 1.2 * right or 1))
-    axis.set_title(f"{title}\n{results.scale(frame[frame['n'] > 0])}", fontsize=10)
+    axis.set_title(f"{title}\n{results.scale(ran)}", fontsize=10)
     axis.grid(alpha=0.3, axis="x")
     figure.legend(fontsize=8, loc="outside lower center", ncols=2)
     return figure
@@ -228,11 +239,12 @@ def accuracy_epsilon(series: dict[str, list[tuple[float, float, float | None]]],
     for i, (label, points) in enumerate(series.items()):
         epsilons, accuracies, spreads = zip(*sorted(points, key=lambda p: p[0]), strict=True)
         ours = label.startswith("ours")
-        colour, line = ("black", "-") if ours else (f"C{others % 10}", ("--", ":", "-.")[others // 10 % 3])
+        hue = plt.get_cmap("tab20")((others * 2 + others // 10) % 20)  # the strong ones first, then the pale
+        colour, line = ("black", "-") if ours else (hue, ("--", ":", "-.")[others // 10 % 3])
         axis.errorbar(
             epsilons, accuracies, yerr=[s or 0 for s in spreads], label=label, capsize=2,
             color=colour, linestyle=line, marker=MARKERS[i % len(MARKERS)], zorder=2 if ours else 3,
-            linewidth=2.5 if ours else 1, markersize=9 if ours else 6,
+            linewidth=2.5 if ours else 1, markersize=6 if ours else 7,
             markerfacecolor=colour if ours else "white",
         )  # fmt: skip
         others += not ours

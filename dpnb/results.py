@@ -236,9 +236,13 @@ def status(experiment: experiments.Experiment, results: list[dict[str, Any]]) ->
 
 
 def published(experiment: experiments.Experiment) -> str:
-    """The paper's number with its spread, "(unverified)" where it was not checked, "-" where nothing is known."""
-    flag = " (unverified)" if "unverified" in experiment.paper_source and experiment.paper_mean else ""
-    return spread(experiment.paper_mean, experiment.paper_std) + flag
+    """The published number with its spread, "(unverified)" where it was not checked, whose it is where it is
+    not the paper's, "-" where nothing is known."""
+    number, source = spread(experiment.paper_mean, experiment.paper_std), experiment.paper_source
+    if experiment.paper_mean is None:
+        return number
+    others = source.split(": ")[-1].split(",")[0] if source.startswith("not in the paper") else ""
+    return number + (f" ({others})" if others else " (unverified)" if "unverified" in source else "")
 
 
 def possibility(experiment: experiments.Experiment) -> str:
@@ -253,11 +257,13 @@ def possibility(experiment: experiments.Experiment) -> str:
 
 
 def verdict(experiment: experiments.Experiment, runs: list[dict[str, Any]]) -> str:
-    """Of runs at full scale: "reproduced" is a mean of at most a point below the published one."""
+    """Of runs at full scale: "reproduced" is a mean of at most a point below the published one; "reached, by
+    our own way" where that is of other authors, whose method differs from ours."""
     if experiment.paper_mean is None:
         return "run, nothing published"
     ours = np.mean([r["accuracy"]["ema"] for r in runs])
-    return "reproduced" if ours >= experiment.paper_mean - WITHIN else "run, falls short"
+    reached = "reproduced" if experiment.paper_source.startswith("paper") else "reached, by our own way"
+    return reached if ours >= experiment.paper_mean - WITHIN else "run, falls short"
 
 
 def spread(mean: float | None, std: float | None) -> str:
@@ -274,7 +280,8 @@ def summary(cells: list[experiments.Experiment], records: list[dict[str, Any]], 
       fields: further fields of the experiments to have as columns, e.g. ("learning_rate",).
     Returns:
       pandas.DataFrame, one row per cell, in that order: cell, network, B (expected batch size, images),
-      T (updates), K (views per image), `fields`, epsilon (see `spent`), noise_multiplier, ema and raw
+      T (updates), K (views per image), `fields`, epsilon and epsilon_rdp (see `spent`; PLD's, by which runs
+      are calibrated, and that of the paper's accountant), noise_multiplier, ema and raw
       accuracy in percent, ema_std (NaN for one run), n, minutes, `first` (False for a cell that is the
       same experiment at this scale as one above it) and `note` (what the records say of their images).
       Cells without records have n = 0.
@@ -298,6 +305,7 @@ def summary(cells: list[experiments.Experiment], records: list[dict[str, Any]], 
                 "K": e.augmult,
                 **{name: getattr(e, name) for name in fields},
                 "epsilon": mean([spent(r) for r in runs]),
+                "epsilon_rdp": mean([spent(r, "rdp") for r in runs]),
                 "noise_multiplier": mean([r["privacy"]["noise_multiplier"] for r in runs]),
                 "ema": mean(ema),
                 "ema_std": float(np.std(ema, ddof=1)) if len(ema) > 1 else math.nan,
@@ -312,11 +320,11 @@ def summary(cells: list[experiments.Experiment], records: list[dict[str, Any]], 
     return pandas.DataFrame(rows)
 
 
-def spent(result: dict[str, Any]) -> float:
-    """Epsilon (PLD) of a record: infinity for a run that is not private, NaN where nobody computed it."""
+def spent(result: dict[str, Any], accountant: str = "pld") -> float:
+    """Epsilon of a record: infinity for a run that is not private, NaN where nobody computed it."""
     p = result["privacy"]
-    if p["epsilon_pld"] is not None:
-        return p["epsilon_pld"]
+    if p[f"epsilon_{accountant}"] is not None:
+        return p[f"epsilon_{accountant}"]
     mechanism = privacy.Mechanism(p["noise_multiplier"], p["sampling_probability"], p["sampler"])
     return math.nan if mechanism.private else math.inf
 
@@ -354,7 +362,7 @@ def study(frame) -> str:
     """A `summary` as a Markdown table, each different run once, and what the records say of their images."""
     text = markdown(tidy(frame[frame["first"]].drop(columns=["first", "note"])))
     if np.isinf(frame["epsilon"]).any():
-        text += "\n\nEpsilon inf: not private."
+        text += "\n\nEpsilon inf: no noise, or (sigma below 0.1) too little to be accounted."
     notes = sorted({*frame["note"]} - {""})
     return text + "".join(f"\n\nImages of these runs: {note}." for note in notes)
 

@@ -348,7 +348,7 @@ def test_study_says_inf_and_what_the_images_are():
     lines = results.study(three_cells()).splitlines()
     assert [line.split(" | ")[5] for line in lines[2:5]] == ["8.0", "inf", "-"]
     assert "note" not in lines[0] and lines[5:] == [
-        "", "Epsilon inf: not private.", "", "Images of these runs: some are copies.",
+        "", "Epsilon inf: no noise, or (sigma below 0.1) too little to be accounted.", "", "Images of these runs: some are copies.",
     ]  # fmt: skip
     assert "inf" not in results.study(three_cells(epsilon=[8.0, 8.0, 8.0], note=["", "", ""]))
 

@@ -183,7 +183,7 @@ def test_a_study_changes_what_it_studies(preset):
     assert views == sorted(views) and views[:3] == [0, 1, 2]
     tan = [experiments.get(name, preset) for name in experiments.names("cifar10/batch/tan-*")]
     assert len({round(e.expected_batch_size / e.noise_multiplier, 6) for e in tan}) == 1
-    assert len({(e.learning_rate, e.clip_norm) for e in plan("cifar10/lr-clip/*", 1)}) == 12
+    assert len({(e.learning_rate, e.clip_norm) for e in plan("cifar10/lr-clip/*", 1)}) == 15
 
 
 def test_the_ladder_adds_one_technique_at_a_time():
