@@ -51,6 +51,9 @@ _LAST_LAYER |= dict(learning_rate=8.0, physical_batch_size=2500)
 # On features of textures 8 is too much: at preset teach, with 5,000 images held out, 0.25, 0.5, 1, 2, 4
 # and 8 gave 40, 41, 42, 43, 44 and 42 % (two seeds each).
 _ON_TEXTURES = _LAST_LAYER | dict(learning_rate=4.0)
+# All layers from textures have further to go: at preset teach 2 ended at 52 % of 5,000 held-out images
+# (one seed), 1 at 48 % of the test images (three seeds). From scratch 4 ended at 46 % of those 5,000.
+_FROM_TEXTURES = dict(learning_rate=2.0)
 _CHANGES = {"all": {}, "classifier": _LAST_LAYER}
 
 
@@ -70,7 +73,7 @@ TABLE = [
         ("scratch", "the same network without public images", dict(pretrained="", learning_rate=2.0)),
         ("tiny-imagenet32-all", "a smaller public set", _own("tiny-imagenet32")),
         ("tiny-imagenet32-classifier", "a smaller public set", _own("tiny-imagenet32") | _LAST_LAYER),
-        ("textures-all", "no real public image; Tang et al. 2023 report 72.3 at epsilon 1", _own("textures")),
+        ("textures-all", "no real public image; Tang et al. 2023 report 72.3 at epsilon 1", _own("textures") | _FROM_TEXTURES),
         ("textures-classifier", "no real public image", _own("textures") | _ON_TEXTURES),
     )
     for epsilon in EPSILONS
