@@ -102,7 +102,7 @@ def test_table(capsys, here):
     assert cli.main(["table", "cifar10", "--results", str(here), "--markdown"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + 12 + 1 and "unverified" in lines[2]
-    assert any("81.4 +- 0.2" in line for line in lines) and "| 67.0 |" in lines[-1]
+    assert any("81.4 +- 0.2" in line for line in lines) and "| 67.0 (Tramer & Boneh 2021) |" in lines[-1]
     assert cli.main(["table", "cifar10/wrn-40-4/*", "--results", str(here)]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1 + 6
 
