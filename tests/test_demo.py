@@ -15,7 +15,7 @@ DETERMINISTIC = (
     "loaded = data.load(",
     "if ours.augmult == 0",
     "mechanism = ours.mechanism(",
-    "statement = ",
+    "display(Markdown(results.statement(",
 )
 
 
