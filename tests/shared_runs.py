@@ -27,7 +27,7 @@ def environment() -> dict[str, str]:
     """For subprocesses: one device, this checkout; the compilation cache is that of all tests."""
     changed = {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # most of their time is compilation
         "PYTHONPATH": str(ROOT),
         "PYTHONWARNINGS": "ignore",
     }
