@@ -54,15 +54,21 @@ class FolderSource:
     classes: tuple[str, ...]
 
     @functools.cached_property
+    def listed(self) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
+        """(photographs in that order, what else lies in the classes' folders and is not hidden)"""
+        photographs, others = [], []
+        for folder in (self.root / name for name in self.classes):
+            for path in folder.iterdir() if folder.is_dir() else ():
+                if path.suffix.lower() in SUFFIXES:
+                    photographs.append(path)
+                elif path.name[0] != ".":
+                    others.append(path)
+        photographs.sort(key=lambda p: hashlib.sha256(f"{p.parent.name}/{p.name}".encode()).digest())
+        return photographs, others
+
+    @property
     def files(self) -> list[pathlib.Path]:
-        found = [
-            path
-            for name in self.classes
-            if (self.root / name).is_dir()
-            for path in (self.root / name).iterdir()
-            if path.suffix.lower() in SUFFIXES
-        ]
-        return sorted(found, key=lambda p: hashlib.sha256(f"{p.parent.name}/{p.name}".encode()).digest())
+        return self.listed[0]
 
     def __len__(self) -> int:
         return len(self.files)
@@ -408,7 +414,7 @@ def _folders(folder: pathlib.Path):
                 f"{len(empty)} classes are not {what}: {source.root} has no photograph of {empty[:3]}",
                 stacklevel=4,
             )
-    others = [p.name for p in folder.glob("*/*/*") if p.suffix.lower() not in SUFFIXES and p.name[0] != "."]
+    others = [path.name for source in sources for path in source.listed[1]]
     if others:
         warnings.warn(
             f"{len(others)} files below {folder} are not read, such as {others[0]}; photographs end in {', '.join(SUFFIXES)}",

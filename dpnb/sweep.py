@@ -53,13 +53,19 @@ def on_record(pattern: str, preset: str, records: list[dict[str, Any]], fields=(
       pattern, preset, changes: as `scales` takes them.
     Returns:
       {scale: pandas.DataFrame}, `preset` first; presets at which all cells are the same experiments are
-      one, e.g. "teach = colab = paper".
+      one, e.g. "teach = colab = paper", and one whose runs are all shown at those before it is left out.
     """
     found, same = scales(pattern, preset, **changes), {}
     for scale, at_scale in found.items():
         same.setdefault(tuple(e.fingerprint() for e in at_scale), []).append(scale)
-    frames = {" = ".join(names): results.summary(found[names[0]], records, fields) for names in same.values()}
-    return {scale: frame for scale, frame in frames.items() if frame["n"].sum()}
+    frames, shown = {}, set()
+    for fingerprints, names in same.items():
+        frame = results.summary(found[names[0]], records, fields)
+        ran = {f for f, n in zip(fingerprints, frame["n"], strict=True) if n}
+        if ran - shown:
+            frames[" = ".join(names)] = frame
+        shown |= ran
+    return frames
 
 
 def plan(pattern: str, preset: str, seeds: int = 1, **changes) -> list[Experiment]:

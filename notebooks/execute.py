@@ -12,12 +12,13 @@ import tempfile
 import nbformat
 import papermill
 
+from dpnb.experiments import studies
+
 HERE = pathlib.Path(__file__).parent
 OUT = HERE.parent / "results" / "notebooks"
-STUDIES = ("ablation", "augmult", "batch_noise_steps", "depth_width", "lr_clip")
 NAMES = (
-    "cifar10_table", *(f"cifar10_{study}" for study in STUDIES), "cifar_finetune", "cifar_no_public_images",
-    "learn/06_reading_the_paper",
+    "cifar10_table", *(name.removesuffix(".ipynb") for name in studies.STUDIES.values()), "cifar_finetune",
+    "cifar_no_public_images", "learn/06_reading_the_paper",
 )  # fmt: skip
 
 
@@ -35,12 +36,11 @@ def execute(name: str) -> nbformat.NotebookNode:
     done.metadata.language_info.pop("version", None)
     for cell in done.cells:
         if "injected-parameters" in cell.metadata.get("tags", ()):
+            cell.id = "injected-parameters"  # the same each time
             cell.source = "\n".join(line for line in cell.source.splitlines() if "output_dir" not in line)
         cell.metadata = {k: v for k, v in cell.metadata.items() if k == "tags"}
         if cell.cell_type == "code":
             cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
-            for output in cell.outputs:
-                output.pop("metadata", None) if output.output_type == "stream" else None
     return done
 
 

@@ -161,13 +161,24 @@ def test_what_is_on_record(monkeypatch):
 
     def summary(cells, records, fields):
         frames[cells[0].preset] = cells
-        return pandas.DataFrame({"n": [len(records)]})
+        return pandas.DataFrame({"n": [len(records)] * len(cells)})
 
     monkeypatch.setattr(results, "summary", summary)
     found = sweep.on_record("cifar10/scatter-linear/eps3", "smoke", [{}])
     assert list(found) == ["smoke", "teach = colab = paper"]
     assert list(sweep.on_record("cifar10/augmult/*", "teach", [{}])) == ["teach", "smoke", "colab", "paper"]
     assert sweep.on_record("cifar10/augmult/*", "teach", []) == {}
+
+
+def test_a_scale_that_only_repeats_runs_is_not_shown_again(monkeypatch):
+    """The classifier alone is one experiment at teach and colab; all layers, without a run, are two."""
+
+    def summary(cells, records, fields):
+        return pandas.DataFrame({"n": [int(e.trainable == "classifier") for e in cells]})
+
+    monkeypatch.setattr(results, "summary", summary)
+    shown = list(sweep.on_record("cifar10/finetune/[ac]*/eps1", "teach", [{}]))
+    assert shown == ["teach", "smoke", "paper"]
 
 
 @pytest.mark.parametrize("preset", experiments.PRESETS)

@@ -130,18 +130,8 @@ def load(name_or_path: str, cache: str | pathlib.Path = CACHE) -> Arrays:
 
 
 def _content(name: str, cache: str | pathlib.Path) -> bytes:
-    if name in UNRELEASED:
-        raise ValueError(f"{name}: networks that saw JFT-300M were never released; `dpnb list` has stand-ins")
     if name not in WEIGHTS:  # a name is never a file that happens to lie here
-        path = pathlib.Path(name).expanduser()
-        if path.is_file():
-            return path.read_bytes()
-        if path.suffix == ".safetensors" or len(path.parts) > 1:
-            parts = path.parts
-            made = parts[parts.index("pretrain") + 1] if "pretrain" in parts[:-1] else ""
-            how = f"`dpnb run pretrain/{made}` makes it" if made else "pre-train or convert one first"
-            raise FileNotFoundError(f"there is no file of weights {path}; {how}")
-        raise KeyError(f"weights are a safetensors file or one of {', '.join(WEIGHTS)}; got {name!r}")
+        return _local(name).read_bytes()
     weights = WEIGHTS[name]
     if not weights.url:
         file = OURS / f"{name}.safetensors"
@@ -174,11 +164,30 @@ def _content(name: str, cache: str | pathlib.Path) -> bytes:
     return content
 
 
+def _local(name: str) -> pathlib.Path:
+    """The file that a path of weights leads to."""
+    if name in UNRELEASED:
+        raise ValueError(f"{name}: networks that saw JFT-300M were never released; `dpnb list` has stand-ins")
+    path = pathlib.Path(name).expanduser()
+    if path.is_file():
+        return path
+    if path.suffix == ".safetensors" or len(path.parts) > 1:
+        parts = path.parts
+        made = parts[parts.index("pretrain") + 1] if "pretrain" in parts[:-1] else ""
+        how = f"`dpnb run pretrain/{made}` makes it" if made else "pre-train or convert one first"
+        raise FileNotFoundError(f"there is no file of weights {path}; {how}")
+    raise KeyError(f"weights are a safetensors file or one of {', '.join(WEIGHTS)}; got {name!r}")
+
+
 def _parse(content: bytes, source) -> Arrays:
     try:
         return parse(content)
     except SafetensorError as error:
-        raise ValueError(f"{source} is no safetensors file, or damaged ({error})") from error
+        raise _damaged(source, error) from error
+
+
+def _damaged(source, error: SafetensorError) -> ValueError:
+    return ValueError(f"{source} is no safetensors file, or damaged ({error})")
 
 
 def converted(published: str | pathlib.Path | bytes, name: str) -> bytes:
@@ -196,11 +205,18 @@ def identity(weights: Arrays) -> str:
 
 
 def saw(name_or_path: str | pathlib.Path) -> str:
-    """The public data behind these weights, in words; as far as the file itself says."""
+    """The public data behind these weights, in words; as far as the file itself says.
+
+    Raises:
+      KeyError, ValueError, OSError: of a file, as `load`.
+    """
     if str(name_or_path) in WEIGHTS:
         return WEIGHTS[str(name_or_path)].saw
-    with safe_open(pathlib.Path(name_or_path).expanduser(), "numpy") as file:
-        return (file.metadata() or {}).get("saw", "data that its file does not name")
+    try:
+        with safe_open(_local(str(name_or_path)), "numpy") as file:
+            return (file.metadata() or {}).get("saw", "data that its file does not name")
+    except SafetensorError as error:
+        raise _damaged(name_or_path, error) from error
 
 
 def used(experiment: Experiment, private: Dataset | None = None) -> dict[str, str] | None:
@@ -216,17 +232,15 @@ def used(experiment: Experiment, private: Dataset | None = None) -> dict[str, st
     """
     if not experiment.pretrained:
         return None
-    if experiment.pretrained in WEIGHTS:  # refused before anybody downloads and converts them
-        _refuse_seen(experiment, private, saw(experiment.pretrained))
-    content, seen = identity(load(experiment.pretrained)), saw(experiment.pretrained)
-    _refuse_seen(experiment, private, seen)
+    seen = saw(experiment.pretrained)
+    if private is not None:  # refused before anybody downloads and converts them
+        _refuse_seen(experiment, private, seen)
+    content = identity(load(experiment.pretrained))
     return {"weights": pathlib.Path(experiment.pretrained).name, "sha256": content, "saw": seen}
 
 
-def _refuse_seen(experiment: Experiment, private: Dataset | None, seen: str) -> None:
+def _refuse_seen(experiment: Experiment, private: Dataset, seen: str) -> None:
     """Weights that name the private data among what they saw: by name, fingerprint, or ImageNet's classes."""
-    if private is None:
-        return
     wordnet = sum(re.fullmatch(r"n\d{8}", name) is not None for name in private.classes)
     called = [private.name, *["imagenet"] * (2 * wordnet > len(private.classes))]
     if private.fingerprint in seen or any(names(name, seen) for name in called):
