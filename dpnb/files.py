@@ -1,4 +1,4 @@
-"""Small files that are whole or not there."""
+"""Small files that are whole or not there, and the folder of what is not to be published."""
 
 import pathlib
 
@@ -16,3 +16,20 @@ def write_whole(path: pathlib.Path, content: str | bytes, mode: int = 0o666) -> 
     partial.touch(mode=mode)
     partial.write_bytes(content.encode() if isinstance(content, str) else content)
     partial.replace(path)
+
+
+def private_folder(directory: str | pathlib.Path, secret: bool) -> pathlib.Path:
+    """Where a run keeps what must not be published: seed, checkpoints, ledger, curve.
+
+    Args:
+      directory: of the run.
+      secret: whether the run's seed is secret: `directory/private`, mode 0700, made if missing. Else
+        the data are public, nothing is kept apart, and it is `directory` itself.
+    """
+    folder = pathlib.Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    if secret:
+        folder = folder / "private"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        folder.chmod(0o700)
+    return folder

@@ -265,16 +265,12 @@ def calibrate_steps(
 
 
 def __getattr__(name: str):
-    # On demand, as dpnb.ledger imports this module.
-    if name in (
-        "Ledger",
-        "LedgerError",
-        "LedgerLocked",
-        "BudgetExceeded",
-        "lineage",
-        "derived_seed",
-        "privacy_statement",
-    ):
+    # On demand, as these modules import this one.
+    if name == "privacy_statement":
+        from dpnb import statement
+
+        return statement.privacy_statement
+    if name in ("Ledger", "LedgerError", "LedgerLocked", "BudgetExceeded", "derived_seed"):
         from dpnb import ledger
 
         return getattr(ledger, name)

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors.numpy import save as serialised
 
-from dpnb import experiments, ledger, privacy
+from dpnb import experiments, privacy
 from dpnb.data import Dataset
 from dpnb.experiments import imagenet, literature
 from dpnb.files import write_whole
+from dpnb.statement import privacy_statement
 from dpnb.training import Run
 
 WITHIN = 1.0  # points: re-runs of one setting spread by 0.8 to 0.9
@@ -105,7 +106,7 @@ def save(run: Run, data: Dataset, directory: str | pathlib.Path) -> dict[str, An
 def statement(result: dict[str, Any]) -> str:
     """The privacy statement of a record, in prose."""
     public = result.get("pretrained")
-    return ledger.privacy_statement(
+    return privacy_statement(
         result["ledger"],
         delta=result["privacy"]["delta"],
         seed_published=result["privacy"]["seed_published"],
