@@ -11,12 +11,11 @@ import operator
 import os
 import pathlib
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dpnb.privacy import (
     ACCOUNTANTS,
-    NEIGHBOURS,
     Mechanism,
     MissingAccountant,
     PrivacyBudget,
