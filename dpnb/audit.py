@@ -60,10 +60,12 @@ class Without:
 
 def canary_gradient(trainer: Trainer, canary: int) -> np.ndarray:
     """What an example adds to a sum at the first parameters: its clipped gradient, float32 [parameters]."""
-    key, _ = update.step_keys(trainer.state.key, 0)
+    key = update.step_key(trainer.state.key, 0)
     ((part, mask),) = physical_batches(np.array([canary]), trainer.physical_batch_size)
     totals = trainer.accumulate(*update.inputs(trainer, trainer.state, trainer.zero(), part, mask, key))
-    return _flat(jax.tree.map(lambda partial: partial.sum(0), totals.gradient))
+    return _flat(
+        jax.tree.map(lambda partial: np.asarray(partial).sum(0) * trainer.grad.unit, totals.gradient)
+    )
 
 
 def moves(trainer: Trainer, steps: int, seed: int, excluded: Sequence[int] = ()) -> np.ndarray:
@@ -76,9 +78,10 @@ def moves(trainer: Trainer, steps: int, seed: int, excluded: Sequence[int] = ())
     Returns:
       float32 [steps, parameters]: parameters before minus after each update, all leaves in one row.
     """
-    sampler = Without(dataclasses.replace(trainer.sampler, seed=seed), excluded)
-    trainer, state = dataclasses.replace(trainer, sampler=sampler), trainer.state
-    state, seen = state._replace(key=update.root_key(seed)), [_flat(state.params)]
+    state = trainer.state
+    trainer, key = update.reseeded(trainer, seed)
+    trainer = dataclasses.replace(trainer, sampler=Without(trainer.sampler, excluded))
+    state, seen = state._replace(key=key), [_flat(state.params)]
     for _ in range(steps):
         state, _ = update.one_update(trainer, state)
         seen.append(_flat(state.params))
@@ -107,16 +110,17 @@ def two_worlds(
     score = score or (lambda moved: moved.sum(1) @ direction / np.linalg.norm(direction))
     images, labels, *_ = trainer.feed.blank(size)
 
-    def one(state, indices, mask):  # what `dpnb.update.one_update` does
-        key, _ = update.step_keys(state.key, state.step)
+    def one(state, indices, mask, noise):  # what `dpnb.update.one_update` does
+        key = update.step_key(state.key, state.step)
         totals = trainer.accumulate(state.params, trainer.zero(), images, labels, indices, mask, key)
-        return trainer.update(state, totals)[0]
+        return trainer.update(state, totals, noise)[0]
 
-    together = jax.jit(jax.vmap(one, (0, None, 0)))
+    together = jax.jit(jax.vmap(one, (0, None, 0, 0)))
     indices, found = np.arange(size, dtype=np.int32) % n, []
     for start in range(0, 2 * runs, CHUNK):
         seeds = range(seed + start, seed + start + CHUNK)
         samplers = [dataclasses.replace(trainer.sampler, seed=s) for s in seeds]
+        noises = [trainer.noise and dataclasses.replace(trainer.noise, seed=s) for s in seeds]
         state = jax.tree.map(lambda x: np.broadcast_to(x, (CHUNK, *x.shape)), trainer.state)
         state = state._replace(key=np.stack([update.root_key(s) for s in seeds]))
         seen = [_flat(state.params, CHUNK)]
@@ -125,7 +129,8 @@ def two_worlds(
             for mask, sampler in zip(masks, samplers, strict=True):
                 mask[sampler.indices(step)] = True
             masks[::2, canary] = False  # the worlds take turns
-            state = together(state, indices, masks)
+            drawn = [noise and noise(step) for noise in noises]
+            state = together(state, indices, masks, jax.tree.map(lambda *leaves: np.stack(leaves), *drawn))
             seen.append(_flat(state.params, CHUNK))
         found.append(score(-np.diff(np.stack(seen, 1), axis=1)))
     scores = np.concatenate(found, dtype=float)[: 2 * runs]

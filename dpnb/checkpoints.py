@@ -3,12 +3,15 @@
 import json
 import pathlib
 import secrets
+import shutil
+import warnings
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
 from dpnb.files import write_whole
+from dpnb.randomness import secret_seed
 
 
 class Checkpoints:
@@ -39,27 +42,61 @@ class Checkpoints:
             self.manager.save(step, args=args)
 
     def restore(self, like: Any) -> tuple[Any, dict[str, Any]]:
-        """The newest state, on the devices as `like`, and its notes; else (like, {})."""
-        step = self.manager.latest_step()
-        if step is None:
-            return like, {}
+        """The newest state that can be read, on the devices as `like`, and its notes; else (like, {}).
+
+        A newer one that is damaged is set aside with a warning: the updates since are repeated.
+
+        Raises:
+          ValueError: it is another experiment's, or none of several can be read.
+        """
+        for step in sorted(self.manager.all_steps(), reverse=True):
+            try:
+                extra, state = self._read(step, like)
+            except Exception as error:  # Orbax raises many kinds
+                damaged, why = self.directory / "checkpoints" / str(step), error
+                warnings.warn(
+                    f"the checkpoint {damaged} must be whole, but cannot be read ({type(error).__name__}: "
+                    f"{str(error)[:200]}); going on from an older one",
+                    stacklevel=3,
+                )
+                continue
+            if extra["fingerprint"] != self.fingerprint:
+                raise ValueError(
+                    f"{self.directory} must hold checkpoints of this very experiment, but it holds those of "
+                    "another one (other hyper-parameters, seed or data); choose another directory"
+                )
+            for newer in self.manager.all_steps():
+                if newer > step:
+                    self._set_aside(newer)
+            return state._replace(key=like.key), extra["notes"]
+        if self.manager.all_steps():
+            raise ValueError(
+                f"one of the checkpoints in {damaged.parent} must be readable, but none is ({why}); restore a copy "
+                "of that folder, or delete it: the run then begins anew, and repeats what it paid for"
+            )
+        return like, {}
+
+    def _read(self, step: int, like: Any) -> tuple[dict[str, Any], Any]:
         extra = self.manager.restore(step, args=ocp.args.Composite(extra=ocp.args.JsonRestore())).extra
         if extra["fingerprint"] != self.fingerprint:
-            raise ValueError(
-                f"{self.directory} must hold checkpoints of this very experiment, but it holds those of "
-                "another one (other hyper-parameters, seed or data); choose another directory"
-            )
+            return extra, None
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        state = self.manager.restore(step, args=args).state
-        return state._replace(key=like.key), extra["notes"]
+        return extra, self.manager.restore(step, args=args).state
+
+    def _set_aside(self, step: int) -> None:
+        """Out of the way of the checkpoint that will be written at this step again."""
+        folder = self.directory / "checkpoints"
+        if jax.process_index() == 0:
+            shutil.move(folder / str(step), self.directory / f"damaged-checkpoint-{step}")
+        self.manager.reload()
 
     def close(self) -> None:
         self.manager.close()
 
 
 def run_seed(directory: pathlib.Path, seed: int | None) -> tuple[int, str]:
-    """(seed, label): the given seed, or a secret one of 63 bits kept in `directory/seed.secret`.
+    """(seed, label): the given seed, or a secret one of 256 bits kept in `directory/seed.secret`.
 
     Whoever knows the seed knows the noise, so a secret one appears in no record. The label may:
     it tells runs of different seeds apart, so that a new secret is never taken for a replay.
@@ -68,22 +105,7 @@ def run_seed(directory: pathlib.Path, seed: int | None) -> tuple[int, str]:
         return seed, f"seed {seed}"
     file = directory / "seed.secret"
     if not file.exists():
-        drawn = {"seed": secrets.randbits(63), "label": secrets.token_hex(8)}
+        drawn = {"seed": secret_seed(), "label": secrets.token_hex(8)}
         write_whole(file, json.dumps(drawn), mode=0o600)
     kept = json.loads(file.read_text())
     return kept["seed"], f"secret {kept['label']}"
-
-
-def salt(directory: pathlib.Path, computation: str) -> str:
-    """ "" for the hardware and code that began the run in `directory`, else what they are now.
-
-    A step repeated after a crash is the same to the bit only where it began; elsewhere it is
-    a new release, which is charged anew and needs noise of its own.  `directory/began_with` has a
-    line for every change, so that going back to what was before is a change, too.
-    """
-    file, now = directory / "began_with", " ".join(computation.split())
-    lines = file.read_text().splitlines() if file.exists() else []
-    if not lines or lines[-1] != now:
-        lines.append(now)
-        write_whole(file, "\n".join(lines) + "\n")
-    return f" {len(lines)} {now}" if len(lines) > 1 else ""

@@ -8,12 +8,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpnb.privacy import SMALLEST_CLIP_NORM
+from dpnb.privacy import LARGEST_CLIP_NORM, SMALLEST_CLIP_NORM
 
 PyTree = Any
 FEW = 64  # examples whose gradients are added one by one on CPU
 FORMS = ("materialised", "two-pass")
 SHARE = 0.4  # of the free memory, for per-example gradients that are kept
+MARGIN = (
+    2**-13
+)  # by which gradients on a grid are clipped below the clip norm, for what norms may be rounded by
+LANES = 256  # squares that are added up at a time
 
 
 class NonPrivate(NamedTuple):
@@ -40,18 +44,25 @@ class ClippedGrad:
     has_aux: bool
     microbatch_size: int | None
     form: str = "materialised"
+    grid_bits: int | None = None
 
     @property
     def sensitivity(self) -> float:
         """l2 bound on the change of the sum when one example is added or removed.
 
         `clip_norm`, or 1 where gradients are rescaled to unit norm; inf without clipping.
-        Holds in both forms, whatever the examples, the parameters and the loss function, to
-        float32 rounding: the vector that is added for one example may be longer by a relative
-        1e-6 (the tests measure it in float64, also with two million weights), and every addition
-        rounds the sum itself, by a relative 6e-8.
+        Holds in both forms, whatever the examples, the parameters and the loss function. On a grid it
+        holds without exception: the integers of one example have a norm of at most 2^grid_bits, and their
+        sum is exact. In floats it holds to rounding: the vector that is added for one example may be
+        longer by a relative 1e-6 (the tests measure it in float64, also with two million weights), and
+        every addition rounds the sum itself, by a relative 6e-8.
         """
         return 1.0 if self.rescale_to_unit_norm else self.clip_norm
+
+    @property
+    def unit(self) -> float:
+        """What one unit of the sum stands for: 1 for floats, sensitivity / 2^grid_bits on a grid."""
+        return 1.0 if self.grid_bits is None else self.sensitivity / 2**self.grid_bits
 
     def __call__(
         self, params: PyTree, examples: PyTree, mask: jax.Array | None = None, total: PyTree | None = None
@@ -62,18 +73,22 @@ class ClippedGrad:
           params: pytree of floating arrays, the point at which to differentiate.
           examples: pytree of arrays that share their leading axis [examples, ...].
           mask: bool [examples]; False marks padding, whose content never matters.
-          total: pytree like `params`, float32: the sum so far (default: zero).
+          total: pytree like `params`, float32, or int32 on a grid: the sum so far (default: zero).
         Returns:
-          (pytree like `params`, float32 (or float64 where `params` are): the sum;
-          `NonPrivate`).
+          (pytree like `params`: the sum, float32 (or float64 where `params` are), or int32 in `unit`s,
+          modulo 2^32; `NonPrivate`).
         Raises:
           ValueError: `microbatch_size` does not divide the number of examples, or arrays of
             `examples` and `mask` disagree on that number.
+          TypeError: parameters or losses that are not real floating numbers, which have no gradient
+            whose norm could be clipped.
         """
         size = jax.tree.leaves(examples)[0].shape[0]
         mask = jnp.ones(size, bool) if mask is None else mask
+        for leaf in jax.tree.leaves(params):
+            _check_floating(leaf, "parameters")
         if total is None:
-            total = jax.tree.map(lambda p: jnp.zeros(p.shape, _accumulator(p)), params)
+            total = jax.tree.map(self._zeros, params)
         lengths = {x.shape[:1] for x in jax.tree.leaves((examples, mask))}
         if lengths != {(size,)}:
             raise ValueError(f"examples and mask must share their first axis, got lengths {sorted(lengths)}")
@@ -91,6 +106,9 @@ class ClippedGrad:
             total, info = self._add(params, total, *chunk)
             infos.append(info)
         return total, jax.tree.map(lambda *xs: jnp.concatenate(xs), *infos)
+
+    def _zeros(self, p):
+        return jnp.zeros(p.shape, _accumulator(p) if self.grid_bits is None else jnp.int32)
 
     def _add(self, params, total, examples, mask):
         gradient = jax.vmap(jax.value_and_grad(self._mean_loss, has_aux=True), (None, 0))
@@ -119,6 +137,7 @@ class ClippedGrad:
         """(mean over views, aux)."""
         value = self.loss(params, example)
         value, aux = value if self.has_aux else (value, ())
+        _check_floating(value, "the loss")
         return jnp.mean(value.astype(_accumulator(value))), aux
 
     def _second_pass(self, params, examples, norms):
@@ -135,18 +154,33 @@ class ClippedGrad:
         if math.isinf(self.clip_norm):
             return jnp.ones_like(norms)
         clipped = self.clip_norm if not self.rescale_to_unit_norm else 1.0
+        if self.grid_bits is not None:
+            clipped = (1 - MARGIN) * 2**self.grid_bits
         return clipped / jnp.maximum(norms, self.clip_norm)
 
 
 def _squares(g):
-    """The sum of squares of each example."""
-    return jnp.square(g).sum(range(1, g.ndim))
+    """The sum of squares of each example, in levels of at most `LANES` terms.
+
+    Whatever the order in which the terms of a level are added, three levels (for 2^24 parameters) round by
+    a relative 3 * 256 * 2^-24 = 2^-14.4 at most; a plain sum of millions of terms may drift by far more.
+    """
+    squares = jnp.square(g).reshape(len(g), -1)
+    while squares.shape[1] > LANES:
+        whole = squares.shape[1] // LANES * LANES
+        levels = (
+            squares[:, :whole].reshape(len(g), -1, LANES).sum(2),
+            squares[:, whole:].sum(1, keepdims=True),
+        )
+        squares = jax.lax.optimization_barrier(jnp.concatenate(levels, 1))  # or XLA would merge the levels
+    return squares.sum(1)
 
 
 def _add_one_by_one(total, g, factor, used):
     """total + sum of factor * g over the used examples, as one fused pass; for a few examples, on CPU."""
     for i in range(g.shape[0]):
-        total = total + jnp.where(used[i], g[i] * factor[i].astype(g.dtype), 0)
+        scaled = (g[i] * factor[i].astype(g.dtype)).astype(total.dtype)  # to integers: towards zero
+        total = total + jnp.where(used[i], scaled, jnp.zeros_like(scaled))
     return total
 
 
@@ -156,7 +190,16 @@ def _add_reduced(total, g, factor, used):
     Not a matrix product, which would round to half precision there.
     """
     over = [-1] + [1] * (g.ndim - 1)
-    return total + jnp.where(used.reshape(over), g * factor.astype(g.dtype).reshape(over), 0).sum(0)
+    scaled = (g * factor.astype(g.dtype).reshape(over)).astype(total.dtype)
+    return total + jnp.where(used.reshape(over), scaled, jnp.zeros_like(scaled)).sum(0, dtype=total.dtype)
+
+
+def _check_floating(x, what: str) -> None:
+    if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+        raise TypeError(
+            f"{what} must be real floating numbers, got {jnp.result_type(x)}; use float32 "
+            "(a complex number as two real ones)"
+        )
 
 
 def _accumulator(x) -> jnp.dtype:
@@ -172,6 +215,7 @@ def clipped_grad(
     has_aux: bool = False,
     microbatch_size: int | None = None,
     form: str = "materialised",
+    grid_bits: int | None = None,
 ) -> ClippedGrad:
     """The sum over examples of gradients clipped to `clip_norm` (paper, section 2 and 3).
 
@@ -183,6 +227,13 @@ def clipped_grad(
     is added or removed, for any parameters and any example: the examples are isolated by
     `vmap`, so not even a batch norm can mix them, and an example whose gradient norm is
     NaN, infinite or beyond the range of float32 contributes exactly zero.
+
+    With `grid_bits` the sum is one of integers: each clipped gradient is rounded towards zero, which never
+    lengthens it, to multiples of sensitivity / 2^grid_bits, and added up in int32. Integers add up to the
+    same whatever their order and the number of devices, and the sensitivity is exact; `dpnb.noise` says
+    why the noise is then that of the accountant. Gradients are clipped to 1 - 2^-13 of the clip norm
+    there, more than floats can err about a norm, with up to 2^24 parameters in one array (each level of
+    `_squares` errs by 2^-16 at most).
 
     Two forms compute the same sum. "materialised" keeps the gradients of all examples until
     their norms are known. "two-pass" is for models where these do not fit: the first pass reduces
@@ -211,12 +262,14 @@ def clipped_grad(
       form: "materialised", or "two-pass" (less memory, about twice the time); see `choose_form`.
         XLA:CPU orders operations for speed, and gives back more memory when compiled with
         `xla_cpu_scheduler_type="CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"` among `compiler_options`.
+      grid_bits: None for a sum of floats, else 0 to 24: integers in units of sensitivity / 2^grid_bits. Sums
+        beyond 31 bits wrap around, see `dpnb.noise.grid_bits`.
     Returns:
       A function `(params, examples, mask=None, total=None) -> (sum, NonPrivate)` that can be
       jitted; its `.sensitivity` is the l2 sensitivity of the sum.
     Raises:
-      ValueError: `clip_norm` is not positive or below 1e-12, or infinite together with rescaling;
-        `microbatch_size` below 1; a `form` that is neither.
+      ValueError: `clip_norm` is not positive, below 1e-12 or (finite) above 1e18, or infinite together with
+        rescaling or a grid; `microbatch_size` below 1; a `form` that is neither; `grid_bits` out of range.
 
     >>> import jax.numpy as jnp
     >>> grad = clipped_grad(lambda w, x: w @ x, clip_norm=5.0)
@@ -231,15 +284,25 @@ def clipped_grad(
             f"clip_norm must be at least {SMALLEST_CLIP_NORM}, got {clip_norm}: squares of smaller gradients are zero in "
             "float32, and nothing would be clipped; scale the loss"
         )
-    if rescale_to_unit_norm and math.isinf(clip_norm):
-        raise ValueError("rescale_to_unit_norm needs a finite clip_norm, got inf; turn one of them off")
+    if LARGEST_CLIP_NORM < clip_norm < math.inf:
+        raise ValueError(
+            f"clip_norm must be at most {LARGEST_CLIP_NORM}, or inf, got {clip_norm}: squares of such gradients are "
+            "beyond float32; scale the loss"
+        )
+    if math.isinf(clip_norm) and (rescale_to_unit_norm or grid_bits is not None):
+        what = "rescale_to_unit_norm" if rescale_to_unit_norm else "grid_bits"
+        raise ValueError(f"{what} needs a finite clip_norm, got inf; turn one of them off")
+    if grid_bits is not None and not 0 <= grid_bits <= 24:
+        raise ValueError(f"grid_bits must be 0 to 24, the digits of float32, or None, got {grid_bits}")
     if microbatch_size is not None and microbatch_size < 1:
         raise ValueError(
             f"microbatch_size must be at least 1, or None for all at once, got {microbatch_size}"
         )
     if form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
-    return ClippedGrad(loss, float(clip_norm), rescale_to_unit_norm, has_aux, microbatch_size, form)
+    return ClippedGrad(
+        loss, float(clip_norm), rescale_to_unit_norm, has_aux, microbatch_size, form, grid_bits
+    )
 
 
 def choose_form(params: PyTree, examples: int, free_bytes: int) -> tuple[str, str]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from dpnb.clipping import choose_form
 from dpnb.data import Dataset
 from dpnb.experiments.experiment import Experiment
-from dpnb.update import Trainer, call_size, device_memory, make_trainer, memory_limit, step_keys
+from dpnb.update import Trainer, call_size, device_memory, draw_noise, make_trainer, memory_limit, step_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +65,8 @@ def predict(experiment: Experiment, data: Dataset, repeats: int = 3) -> Cost:
     for _ in range(repeats + 1):  # the first call warms up
         seconds, total = timed(lambda t=total: compiled(args[0], t, *args[2:]))
         batch_seconds.append(seconds)
-    trainer.update(state, trainer.zero())
-    update_seconds, _ = timed(lambda: trainer.update(state, trainer.zero()))
+    trainer.update(state, trainer.zero(), draw_noise(trainer, 0))
+    update_seconds, _ = timed(lambda: trainer.update(state, trainer.zero(), draw_noise(trainer, 0)))
     batches = -(-experiment.expected_batch_size // (size * trainer.mesh.devices.size))
     per_update = batches * min(batch_seconds[1:]) + update_seconds
     views = experiment.steps * experiment.expected_batch_size * max(experiment.augmult, 1)
@@ -135,7 +135,7 @@ def _footprint(trainer: Trainer, size: int) -> int:
 
 def _masked_batch(trainer: Trainer, size: int) -> tuple:
     n = size * trainer.mesh.devices.size
-    key, _ = step_keys(trainer.state.key, trainer.state.step)
+    key = step_key(trainer.state.key, trainer.state.step)
     return trainer.state.params, trainer.zero(), *trainer.feed.blank(n), key
 
 

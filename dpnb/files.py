@@ -25,8 +25,16 @@ def private_folder(directory: str | pathlib.Path, secret: bool) -> pathlib.Path:
       directory: of the run.
       secret: whether the run's seed is secret: `directory/private`, mode 0700, made if missing. Else
         the data are public, nothing is kept apart, and it is `directory` itself.
+    Raises:
+      ValueError: the directory holds a run of the other kind.
     """
     folder = pathlib.Path(directory)
+    other = folder / "ledger.jsonl" if secret else folder / "private" / "ledger.jsonl"
+    if other.exists():
+        raise ValueError(
+            f"{folder} must hold one run, but holds another one, with a {'published' if secret else 'secret'} seed or "
+            "of an earlier version; choose another directory"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     if secret:
         folder = folder / "private"

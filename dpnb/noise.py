@@ -1,32 +1,166 @@
-"""The Gaussian noise of one update, drawn once for the whole parameter tree."""
+"""The Gaussian noise of one update: sampled exactly, rounded once to the grid on which gradients are summed.
 
+Clipped gradients are integers in units of sensitivity / 2^bits (see `dpnb.clipping`), and so are their sum
+and the noise. Rounding to whole units commutes with adding whole units, so that
+
+    sum + round(Z) = round(sum + Z),    Z ~ Normal(0, std^2) real, independent in every coordinate:
+
+what is released is a function of the continuous Gaussian mechanism, whose epsilon is the accountant's. It
+stays one when integers wrap around at 2^32 and when floats are made of them afterwards. No float rounds before
+the noise is in, so no low bit of the result betrays the sum.
+"""
+
+import dataclasses
+import decimal
+import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
+
+from dpnb.randomness import random_bytes
+
+MOST_BITS = 20
+REACH = 16  # standard deviations; |Z| beyond has probability 1e-57, over all samples of a run below 1e-46
+BINS = 8  # to the standard deviation
+SLOTS = 4096  # of the table from which a bin is drawn
+SCALE = 378  # of the density, in slots
+CHUNK = 2**14  # proposals at a time
+EXACT = decimal.Context(prec=400, Emin=-(10**6))
 
 
-def add_noise(total: Any, key: jax.Array, std: float) -> Any:
-    """`total + Normal(0, std^2)`, independent in every coordinate of every leaf.
+def grid_bits(noise_multiplier: float, expected_batch_size: float) -> int:
+    """log2 of the number of grid units in the sensitivity: at most 20, and no sum wraps around.
+
+    Ten standard deviations of the noise and of the batch size (drawn by Poisson sampling) have room in 31
+    bits though all gradients be one and the same.
+    """
+    b = expected_batch_size
+    most = b + 10 * math.sqrt(b) + 10 * noise_multiplier + 1
+    return max(0, min(MOST_BITS, math.floor(31 - math.log2(most))))
+
+
+@dataclasses.dataclass(frozen=True)
+class GridNoise:
+    """Draws the noise of each update, as integers in units of sensitivity / 2^bits.
+
+    Formal guarantee: the integers of all updates and coordinates are independent, each distributed as
+    Normal(0, std^2) rounded to the nearest integer, std >= noise_multiplier * 2^bits, for whoever cannot tell
+    SHAKE-256 from random bits. The sampler is exact: floats only propose, and whatever they leave open is
+    decided with as many digits as it needs (see `rounded_gaussian`).
 
     Args:
-      total: pytree of float32 arrays, the sum of clipped gradients of one logical batch.
-      key: PRNG key, used for this update and nothing else. The noise depends on the key and
-        the shapes only, so that every device of a mesh computes the same.
-      std: noise_multiplier x sensitivity of the sum, in the units of `total`.
-    Returns:
-      pytree like `total`.
+      seed: of the run; one step draws the same on every process.
+      noise_multiplier: sigma > 0, standard deviation over sensitivity.
+      bits: see `grid_bits`.
+      like: pytree of arrays (or their shapes), what the noise is added to.
     Raises:
-      ValueError: std is negative or not finite (an unclipped sum cannot be made private).
+      ValueError: sigma is not positive or not finite, or so large that 31 bits do not hold it.
     """
-    if not 0 <= std < float("inf"):
-        raise ValueError(
-            f"the noise needs a finite standard deviation, got {std}; a sum that is not clipped "
-            "has no finite sensitivity: set clip_norm, or noise_multiplier = 0"
-        )
-    if std == 0:
-        return total
-    leaves, tree = jax.tree.flatten(total)
-    keys = jax.random.split(key, len(leaves))
-    noisy = [x + std * jax.random.normal(k, x.shape, jnp.float32) for x, k in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(tree, noisy)
+
+    seed: int
+    noise_multiplier: float
+    bits: int
+    like: Any
+
+    def __post_init__(self):
+        if not 0 < self.noise_multiplier < math.inf or self.std >= 2**31:
+            raise ValueError(
+                f"noise_multiplier must be positive and finite, at most 2^{31 - self.bits} on this grid, got "
+                f"{self.noise_multiplier}"
+            )
+
+    @property
+    def std(self) -> int:
+        """Standard deviation before rounding, in grid units: sigma * 2^bits, rounded up to a multiple of 8."""
+        return math.ceil(self.noise_multiplier * 2**self.bits / BINS) * BINS
+
+    def __call__(self, step: int) -> Any:
+        """The noise of update `step`: a pytree like `like`, int32, modulo 2^32."""
+        leaves, tree = jax.tree.flatten(self.like)
+        sizes = [math.prod(leaf.shape) for leaf in leaves]
+        drawn = rounded_gaussian(sum(sizes), self.std, self.seed, "noise", int(step)).astype(np.int32)
+        parts = np.split(drawn, np.cumsum(sizes)[:-1])
+        return tree.unflatten([p.reshape(leaf.shape) for p, leaf in zip(parts, leaves, strict=True)])
+
+
+def rounded_gaussian(n: int, std: int, seed: int, *label: int | str) -> np.ndarray:
+    """n independent samples of Normal(0, std^2), each rounded to the nearest integer; int64 [n].
+
+    Exact rejection sampling. |Z| / std falls into one of 128 bins with the probability that a table of whole
+    slots gives it, lies uniformly in the bin, and is accepted with the density over that of the table. Position
+    and threshold are real numbers of which 51 and 32 binary digits are drawn at once; float64 decides where
+    these settle it with room for its rounding, about always, and further digits with `decimal` where not.
+    The same integers come out on every machine.
+
+    Args:
+      n: number of samples.
+      std: standard deviation, a multiple of 8 below 2^31.
+      seed, label: of the random bits, see `dpnb.randomness`.
+    """
+    if std % BINS or not 0 < std < 2**31:
+        raise ValueError(f"std must be a positive multiple of {BINS} below 2^31, got {std}")
+    found, missing, chunk = [], n, 0
+    while missing:
+        size = min(CHUNK, missing + missing // 10 + 16)
+        made = _accepted(size, std // BINS, seed, *label, chunk)[:missing]
+        found.append(made)
+        missing, chunk = missing - len(made), chunk + 1
+    return np.concatenate([np.zeros(0, np.int64), *found])
+
+
+def _table():
+    """(the bin of each slot; for each bin: probability of acceptance at density one, number of slots).
+
+    A bin has at least as many slots as `SCALE` times the density at its left edge, its largest; what is left over
+    belongs to the first bin.
+    """
+    slots = np.array([-math.floor(-SCALE * math.exp(-((j / BINS) ** 2) / 2)) for j in range(REACH * BINS)])
+    slots[0] += SLOTS - slots.sum()
+    return np.repeat(np.arange(len(slots)), slots), SCALE / slots, slots
+
+
+_BIN, _RATIO, _SLOTS_OF = _table()
+
+
+def _accepted(size: int, width: int, *stream) -> np.ndarray:
+    """Of `size` proposals those that are accepted, int64; `width`: integers to a bin."""
+    bits = random_bytes(12 * size, *stream)
+    first, threshold = np.frombuffer(bits, "<u8", size), np.frombuffer(bits, "<u4", size, 8 * size)
+    j = _BIN[first & np.uint64(SLOTS - 1)]
+    fraction = (first >> np.uint64(13)).view(np.int64)  # 51 binary digits of the position in the bin
+    x = (fraction * 2.0**-51 + j) / BINS
+    above = np.exp(-0.5 * x * x) * (_RATIO[j] * 2.0**32) - threshold
+    accept = above >= 1.005  # the threshold has further digits; 0.005: 1e-12 of 2^32, for rounding
+    # The bin's width times the fraction, in units of 2^-26, rounded down: what it lacks is below 2 + width / 2^25.
+    product = width * (fraction >> 25) + ((width * (fraction & (2**25 - 1))) >> 25) + 2**25
+    value = width * j + (product >> 26)
+    lacks = 2 + (width >> 25) + 1
+    unsure = (np.abs(above - 0.5) < 0.505) | (accept & ((product & (2**26 - 1)) >= 2**26 - lacks))
+    for i in np.flatnonzero(unsure):
+        accept[i], value[i] = _exactly(int(j[i]), int(fraction[i]), int(threshold[i]), width, *stream, int(i))
+    negative = (first >> np.uint64(12)) & np.uint64(1)
+    return np.where(negative, -value, value)[accept]
+
+
+def _exactly(j: int, fraction: int, threshold: int, width: int, *stream) -> tuple[bool, int]:
+    """(is it accepted, its value), with as many further binary digits as that needs."""
+    for more in (64, 256, 1024):
+        x, u = (int.from_bytes(random_bytes(more // 8, *stream, which)) for which in "xu")
+        x, u = (fraction << more) + x, (threshold << more) + u  # the first digits; the last are still open
+        high, low = (_limit(j, x + end, more) for end in (0, 1))
+        if u >= high:
+            return False, 0
+        unit = 2 ** (51 + more)
+        values = {width * j + (2 * width * (x + end) + unit) // (2 * unit) for end in (0, 1)}
+        if u + 1 <= low and len(values) == 1:
+            return True, values.pop()
+    raise ArithmeticError("1,024 binary digits left a sample open: the random bits are not random")
+
+
+def _limit(j: int, x: int, more: int) -> decimal.Decimal:
+    """Below it a threshold of 32 + `more` digits is accepted, at position x / 2^(51 + more) of bin j."""
+    d = decimal.Decimal
+    position = EXACT.divide(d((j << (51 + more)) + x), d(BINS << (51 + more)))
+    density = EXACT.exp(EXACT.divide(EXACT.multiply(position, -position), d(2)))
+    return EXACT.divide(EXACT.multiply(density, d(SCALE << (32 + more))), d(int(_SLOTS_OF[j])))

@@ -9,19 +9,16 @@ from collections.abc import Iterator
 
 import numpy as np
 
-_POISSON, _SHUFFLE = 0x506F69, 0x536875  # keeps the streams of the two samplers apart
-
-
-def _generator(seed: int, stream: int, step: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, stream, step])))
+from dpnb.randomness import random_bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class Poisson:
     """Each of `n` examples enters each update independently with probability `probability`.
 
-    Formal guarantee: this is the sampling that `PoissonSampledDpEvent` accounts for. The
-    probability is exact to 2^-53; batch sizes are binomial(n, probability), zero included.
+    Formal guarantee: this is the sampling that `PoissonSampledDpEvent` accounts for, for whoever cannot
+    tell SHAKE-256 from random bits. The probability is never above `probability`, and below it by
+    2^-64 at most; batch sizes are binomial(n, probability), zero included.
     """
 
     n: int
@@ -34,8 +31,10 @@ class Poisson:
 
     def indices(self, step: int) -> np.ndarray:
         """The examples of update `step`, int32 [size], ascending."""
-        draws = _generator(self.seed, _POISSON, step).random(self.n)
-        return np.flatnonzero(draws < self.probability).astype(np.int32)
+        draws = np.frombuffer(random_bytes(8 * self.n, self.seed, "poisson", int(step)), "<u8")
+        if self.probability == 1:
+            return np.arange(self.n, dtype=np.int32)
+        return np.flatnonzero(draws < np.uint64(int(self.probability * 2.0**64))).astype(np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +42,8 @@ class Shuffle:
     """Fixed-size batches from a stream reshuffled every epoch, as the paper's runs used.
 
     No epsilon is proven for it here: Poisson accounting of a shuffled run is *nominal*
-    (Chua et al. 2024, arXiv 2403.17673). The stream crosses epoch borders.
+    (Chua et al. 2024, arXiv 2403.17673). No example is twice in a batch: what is left at the end of an
+    epoch, less than a batch, is dropped.
     """
 
     n: int
@@ -56,10 +56,13 @@ class Shuffle:
 
     def indices(self, step: int) -> np.ndarray:
         """The examples of update `step`, int32 [batch_size], in shuffled order."""
-        positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        epochs = positions // self.n
-        order = {e: _generator(self.seed, _SHUFFLE, int(e)).permutation(self.n) for e in np.unique(epochs)}
-        return np.array([order[e][p % self.n] for e, p in zip(epochs, positions, strict=True)], np.int32)
+        epoch, position = divmod(step, self.n // self.batch_size)
+        start = position * self.batch_size
+        return self._order(epoch)[start : start + self.batch_size].astype(np.int32)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        seed = int.from_bytes(random_bytes(16, self.seed, "shuffle", epoch))
+        return np.random.Generator(np.random.Philox(seed)).permutation(self.n)
 
 
 def physical_batches(indices: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -1,11 +1,14 @@
 """The loop: one private training run, from images to averaged parameters and a ledger.
 
 raw -> sample -> augment -> per-example gradient -> mean over views -> clip -> sum
--> all-reduce -> noise -> / expected batch -> optimizer -> EMA -> ledger
-(the arrows from `sample` to `EMA` are `dpnb.update.one_update`)
+-> all-reduce -> noise -> / expected batch -> optimizer -> EMA | ledger | shown, evaluated, saved
+(the arrows from `sample` to `EMA` are `dpnb.update.one_update`; the ledger is asked before, and is paid
+before anything of the result is seen: `dpnb.replay.Payer`)
 """
 
 import dataclasses
+import hashlib
+import json
 import math
 import os
 import pathlib
@@ -13,26 +16,31 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import flax
 import jax
+import jax.numpy as jnp
 import jaxlib
 import numpy as np
 import optax
 from flax import nnx
 
 from dpnb import features, privacy
-from dpnb.checkpoints import Checkpoints, run_seed, salt
+from dpnb.checkpoints import Checkpoints, run_seed
 from dpnb.data import Dataset
 from dpnb.evaluation import Evaluation, make_evaluate
 from dpnb.experiments.experiment import Experiment
+from dpnb.files import private_folder
 from dpnb.hosts import from_first
 from dpnb.identity import code, computation
-from dpnb.ledger import BudgetExceeded, Ledger, derived_seed, lineage
+from dpnb.ledger import Ledger
 from dpnb.models import pretrained
 from dpnb.models.checks import check_independent
 from dpnb.photographs import Photographs
 from dpnb.progress import Progress
+from dpnb.randomness import derived_seed
+from dpnb.replay import Payer, digest, stream_name
 from dpnb.sharding import gathered
-from dpnb.update import Seen, call_size, make_model, make_trainer, memory_limit, one_update
+from dpnb.update import Seen, Trainer, call_size, check_noise, make_model, make_trainer, memory_limit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,13 +117,14 @@ def train(
     Formal guarantee: with sampler "poisson" the sequence of parameters is
     (epsilon, delta)-differentially private under adding or removing one training image, for
     whoever does not know the seed; `privacy.privacy_statement` says what this leaves out.
-    Every step is in the ledger before its result exists, and a step that would overspend
-    the budget is not taken.
+    Every step is in the ledger before anything of its result is seen, and a step that would overspend
+    the budget is not taken. Nothing is charged before an update has been compiled and made.
 
     Args:
       experiment: calibrated here where needed.
       data: images, labels, and the split to report on.
-      directory: of the ledger and the checkpoints; one run each.
+      directory: of the run; one each. Ledger, checkpoints and seed lie in `directory/private` where the
+        seed is secret (`dpnb.files.private_folder`).
       model, optimizer, devices: see `dpnb.update.make_trainer`.
       checkpoint_every: seconds between checkpoints; the curve's points are saved too.
       stop_at_step: stop early on purpose, after a checkpoint, to go on later.
@@ -125,90 +134,87 @@ def train(
       ValueError: bad hyper-parameters, or the directory holds another experiment's run.
       MixesExamples: the model lets one example influence another.
     """
-    began, directory = time.monotonic(), pathlib.Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
     experiment = calibrated(experiment, len(data.train))
+    check_noise(experiment)
     check_size(experiment, data)
     if model is None:
         features.check(experiment, data)
     else:
         check_own_model(experiment)
-    custom = computation(model, optimizer, data.shape)
-    public = pretrained.used(experiment, data)
-    origin = {"public": public["sha256"]} if public else {}
-    fingerprint = experiment.fingerprint(data=data.fingerprint, custom=custom, **origin)
-    used = jax.devices() if devices is None else devices
-    hardware = f"{len(used)} x {used[0].device_kind}, jax {jax.__version__}"
-    knobs = {name: getattr(experiment, name) for name in ("form", "remat", "shard")}
-    knobs |= {"memory": memory_limit(used), "processes": jax.process_count(), **versions(data)}
-    computer = f"{hardware}, {call_size(experiment)} examples a call, {knobs}, {code()}"
-    if jax.process_index() == 0:  # which may have to write what the others read
-        run_seed(directory, experiment.seed)
-        salt(directory, computer)
-    from_first(0)
-    seed, label = run_seed(directory, experiment.seed)
-    # Two releases must not share their noise, unless they are the same to the bit: not two
-    # experiments of one seed, nor one step repeated by other code or on other hardware.
-    seed = derived_seed(seed, fingerprint + salt(directory, computer))
-    agree(seed)
-    fingerprint = f"{fingerprint} {label}"
-    model = make_model(experiment, len(data.classes), seed) if model is None else model
-    if pretrained.used(experiment) != public:
-        raise ValueError(f"{experiment.pretrained} changed while it was read; start again")
-    check_independent(model, noise_images(data))
-    check_outputs(model, data)
-    trainer = make_trainer(experiment, data, seed=seed, model=model, optimizer=optimizer, devices=devices)
-    checkpoints = Checkpoints(directory, fingerprint)
-    state, notes = checkpoints.restore(trainer.state)
-    history, line = notes.get("history", []), notes.get("lineage", "")
-    before = notes.get("seconds", 0.0) - began
+    folder = private_folder(directory, experiment.seed is None)
     mechanism = experiment.mechanism(len(data.train))
+    journal = folder / "ledger.jsonl" if jax.process_index() == 0 else None
     budget = privacy.PrivacyBudget(experiment.epsilon, experiment.delta)
-    journal = directory / "ledger.jsonl" if jax.process_index() == 0 else None
-    start = int(state.step)
     allowed = {mechanism: allowed_steps} if allowed_steps else None
-    evaluate, stopped, saved = make_evaluate(trainer.apply, recipe=data.recipe), "", time.monotonic()
-
-    def save():
-        notes = {"history": history, "events": ledger.events(), "lineage": line}
-        notes["seconds"] = before + time.monotonic()
-        checkpoints.save(state, notes)
-
-    with (
-        Ledger(journal, budget, experiment.accountant, allowed_steps=allowed) as ledger,
-        Progress(experiment.steps, start) as progress,
-    ):
-        if journal:
-            # A checkpoint whose ledger was deleted is not continued.
-            ledger.check_includes(notes.get("events", []))
+    # Locked from here on, and nothing is written yet.
+    with Ledger(journal, budget, experiment.accountant, allowed_steps=allowed) as ledger:
+        custom = computation(model, optimizer, data.shape)
+        public = pretrained.used(experiment, data)
+        origin = {"public": public["sha256"]} if public else {}
+        fingerprint = experiment.fingerprint(data=data.fingerprint, custom=custom, **origin)
+        if jax.process_index() == 0:  # which may have to write what the others read
+            run_seed(folder, experiment.seed)
+        from_first(0)
+        seed, label = run_seed(folder, experiment.seed)
+        # Two releases must not share their noise, unless they are the same to the bit.
+        seed = derived_seed(seed, fingerprint)
+        agree(seed)
+        used = jax.devices() if devices is None else devices
+        settings = settings_of(experiment, data, used)
+        if model is None:
+            model = make_model(experiment, len(data.classes), derived_seed(seed, "initial parameters"))
+        if pretrained.used(experiment) != public:
+            raise ValueError(f"{experiment.pretrained} changed while it was read; start again")
+        check_independent(model, noise_images(data))
+        check_outputs(model, data)
+        trainer = make_trainer(experiment, data, seed=seed, model=model, optimizer=optimizer, devices=devices)
+        checkpoints = Checkpoints(folder, f"{fingerprint} {label}")
+        state, notes = checkpoints.restore(trainer.state)
+        start, history = int(state.step), notes.get("history", [])
+        if journal and start:  # a checkpoint whose ledger was deleted is not continued
+            ledger.check_holds(start - 1, digest(state))
+        stream = notes.get("stream", "")
+        if notes.get("settings") != settings:
+            stream = stream_name(stream, settings, digest(state) if start else "start")
+        payer = Payer(ledger, trainer, mechanism, seed, stream)
+        evaluate, alive = make_evaluate(trainer.apply, recipe=data.recipe), make_alive(trainer, data)
+        evaluate(state.params, data.test.head(1))  # compiles, before anything is charged
+        before, stopped, saved = notes.get("seconds", 0.0) - began, "", time.monotonic()
         spent = epsilon_spent(mechanism, experiment)
-        try:
-            for step in range(start, experiment.steps):
-                if step == stop_at_step:
-                    stopped = f"stopped on purpose after {step} of {experiment.steps} updates"
-                    break
-                # What led here and what is about to run: only the very same again is a free replay.
-                here = lineage(line, f"{fingerprint} {computer}")
-                stopped = charge(ledger, step, mechanism, here)
-                if stopped:
-                    break
-                new, seen = one_update(trainer, state)
-                point = curve_point(step + 1, seen, spent(step + 1))
-                last = step + 1 == experiment.steps
-                shown = last or (experiment.eval_every and (step + 1) % experiment.eval_every == 0)
-                if shown:
-                    split = data.test.head(experiment.eval_examples)
-                    point["raw_accuracy"] = evaluate(new.params, split).accuracy
-                    point["ema_accuracy"] = evaluate(new.ema, split).accuracy
-                # Together, so that an interrupted run keeps both or neither.
-                state, line, history = new, here, [*history, point] if shown else history
-                if last or from_first(int(time.monotonic() - saved > checkpoint_every)):
-                    save()
-                    saved = time.monotonic()
-                progress.advance(point)
-        finally:  # an interrupted run loses nothing that it paid for
-            save()
-            checkpoints.close()
+
+        def save():
+            notes = {"history": history, "stream": payer.stream, "settings": settings}
+            notes["seconds"] = before + time.monotonic()
+            checkpoints.save(state, notes)
+
+        with Progress(experiment.steps, start) as progress:
+            try:
+                for step in range(start, experiment.steps):
+                    if step == stop_at_step:
+                        stopped = f"stopped on purpose after {step} of {experiment.steps} updates"
+                        break
+                    new, seen, stopped = payer.update(state)
+                    if not stopped and not alive(new.params):
+                        stopped = f"update {step + 1} left parameters whose outputs are not finite; {REMEDY}"
+                    if stopped:
+                        break
+                    point = curve_point(step + 1, seen, spent(step + 1))
+                    last = step + 1 == experiment.steps
+                    shown = last or (experiment.eval_every and (step + 1) % experiment.eval_every == 0)
+                    if shown:
+                        split = data.test.head(experiment.eval_examples)
+                        point["raw_accuracy"] = evaluate(new.params, split).accuracy
+                        point["ema_accuracy"] = evaluate(new.ema, split).accuracy
+                    # Together, so that an interrupted run keeps both or neither.
+                    state, history = new, [*history, point] if shown else history
+                    if last or from_first(int(time.monotonic() - saved > checkpoint_every)):
+                        save()
+                        saved = time.monotonic()
+                    progress.advance(point)
+            finally:  # an interrupted run loses nothing that it paid for
+                save()
+                checkpoints.close()
         events = ledger.events()
     return Run(
         experiment=experiment,
@@ -220,30 +226,60 @@ def train(
         events=events,
         steps=int(state.step),
         seconds=before + (time.monotonic() if int(state.step) > start else began),
-        devices=hardware,
+        devices=hardware(used),
         public=public,
         stopped=stopped,
     )
 
 
-def charge(ledger: Ledger, step: int, mechanism: privacy.Mechanism, fingerprint: str) -> str:
-    """Pays for one update on every process, or says why not: the first process's ledger decides."""
-    refusal = ""
-    try:
-        ledger.charge(step, mechanism, fingerprint)
-    except BudgetExceeded as error:
-        refusal = str(error)
-    refused = from_first(int(bool(refusal)))
-    return (refusal or "the ledger of the first process refused the step") if refused else ""
+REMEDY = "the run ends with those before it: lower the learning rate"
+DECISIVE_FLAGS = (
+    "jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl", "jax_threefry_partitionable",
+    "jax_numpy_dtype_promotion", "jax_softmax_custom_jvp", "jax_disable_jit",
+)  # fmt: skip
+
+
+def hardware(devices: list[jax.Device]) -> str:
+    """Number and kind of the devices, and the version of JAX."""
+    return f"{len(devices)} x {devices[0].device_kind}, jax {jax.__version__}"
+
+
+def settings_of(experiment: Experiment, data: Dataset, devices: list[jax.Device]) -> str:
+    """SHA-256 (hex) of what is known to decide how a program rounds: where it differs, noise is drawn afresh.
+
+    Incomplete as any such list, and only there to avoid surprises: that a repeated update is the same is
+    found from its bits (`dpnb.replay`).
+    """
+    found = {name: getattr(experiment, name) for name in ("form", "remat", "shard")}
+    found |= {
+        "call": call_size(experiment),
+        "memory": memory_limit(devices),
+        "processes": jax.process_count(),
+    }
+    found |= {"hardware": hardware(devices), "code": code(), **versions(data)}
+    found |= {name: str(getattr(jax.config, name, None)) for name in DECISIVE_FLAGS}
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+
+def make_alive(trainer: Trainer, data: Dataset) -> Callable[[Any], bool]:
+    """A function of parameters: do they give finite outputs for public inputs?
+
+    It reads nothing but released parameters and random images, so that ending a run by it costs no privacy.
+    """
+    inputs = noise_images(data)
+    finite = jax.jit(lambda params: jnp.isfinite(trainer.apply(params, inputs)).all())
+    return lambda params: bool(gathered(finite(params)))
 
 
 def versions(data: Dataset) -> dict[str, str]:
     """What else decides about the last bits: of the compiler, and of what decodes photographs."""
-    found = {"jaxlib": jaxlib.__version__, "flags": os.environ.get("XLA_FLAGS", "")}
+    found = {"jaxlib": jaxlib.__version__, "flax": flax.__version__, "optax": optax.__version__}
+    found |= {"numpy": np.__version__, "flags": os.environ.get("XLA_FLAGS", "")}
     if isinstance(data.train, Photographs):
-        from PIL import __version__, features
+        from PIL import __version__
+        from PIL import features as codecs
 
-        found |= {"pillow": __version__, "jpeg": str(features.version("jpg"))}
+        found |= {"pillow": __version__, "jpeg": str(codecs.version("jpg"))}
     return found
 
 
@@ -253,7 +289,8 @@ def agree(seed: int) -> None:
     Raises:
       ValueError: this one does not agree with the first.
     """
-    if from_first(seed) != seed:
+    known = seed % 2**63
+    if from_first(known) != known:
         raise ValueError(
             "all processes must have the same seed, experiment and data, but process "
             f"{jax.process_index()} differs from the first; give them one directory that all see, and the same files"
@@ -306,12 +343,12 @@ def check_outputs(model: nnx.Module, data: Dataset) -> None:
 def curve_point(step: int, seen: Seen, epsilon: float) -> dict[str, Any]:
     """One point of the curve. All but step and epsilon are training statistics, not private."""
     seen = Seen(*[float(gathered(x)) for x in seen])
-    n = max(seen.examples, 1.0)
+    n, finite = max(seen.examples, 1.0), seen.examples - seen.nonfinite
     return {
         "step": step,
         "epsilon": epsilon,
         "batch_size": int(seen.examples),
-        "train_loss": seen.loss / n,
+        "train_loss": seen.loss / max(finite, 1.0) if finite or not seen.examples else math.nan,
         "train_accuracy": 100 * seen.right / n,
         "mean_norm": seen.norm / n,
         "clipped_fraction": seen.clipped / n,

@@ -25,7 +25,8 @@ from dpnb.feeding import Resident, Streamed, make_feed
 from dpnb.hosts import from_first
 from dpnb.models import NFNet, NFResNet, ScatterLinear, WideResNet, functional, pretrained, transfer
 from dpnb.models.wide_resnet import norm_then_relu, relu_then_norm
-from dpnb.noise import add_noise
+from dpnb.noise import GridNoise, grid_bits
+from dpnb.randomness import random_bytes
 from dpnb.sharding import AXIS, placed, put, rows, whole
 
 PyTree = Any
@@ -38,13 +39,13 @@ class State(NamedTuple):
     params: PyTree  # float32
     ema: PyTree  # float32, like params
     optimizer: PyTree
-    key: jax.Array  # uint32 [2], the root of augmentation and noise; never used directly
+    key: jax.Array  # uint32 [2], the root of augmentation; never used directly
 
 
 class Totals(NamedTuple):
     """Sums over a logical batch, one partial sum per device: leading axis [devices]."""
 
-    gradient: PyTree  # clipped, float32; private once noise is added
+    gradient: PyTree  # clipped, int32 in units of the grid; float32 where there is no noise
     seen: "Seen"
 
 
@@ -71,27 +72,40 @@ class Trainer:
 
     experiment: Experiment
     sampler: sampling.Poisson | sampling.Shuffle
+    noise: GridNoise | None
     apply: Callable[[PyTree, jax.Array], jax.Array]
     grad: ClippedGrad
     form: str  # of the gradient, and why, in words
     mesh: jax.sharding.Mesh
+    places: State  # a sharding for each array of the state
     state: State  # before the first update
     feed: Resident | Streamed  # of the training images
     physical_batch_size: int  # examples, over all devices
     zero: Callable  # () -> Totals
     accumulate: Callable  # (params, totals, images, labels, indices, mask, key) -> Totals
-    update: Callable  # (state, totals) -> state, Seen
+    update: Callable  # (state, totals, noise) -> state, Seen
 
 
-def root_key(seed: int) -> jax.Array:
-    """uint32 [2] holding all 64 bits of the seed."""
-    return np.array([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32)
+def root_key(seed: int) -> np.ndarray:
+    """uint32 [2], from which JAX draws augmentation and initial parameters; it does not tell the seed."""
+    return np.frombuffer(random_bytes(8, seed, "jax"), "<u4").astype(np.uint32)
 
 
-def step_keys(root: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(augmentation key, noise key) of one update; no two updates or uses share one."""
-    augmentation, noise = jax.random.split(jax.random.fold_in(jax.random.wrap_key_data(root), step))
-    return augmentation, noise
+def step_key(root: jax.Array, step: jax.Array) -> jax.Array:
+    """The augmentation key of one update; no two updates share one."""
+    return jax.random.fold_in(wrapped(root), step)
+
+
+def wrapped(root: jax.Array) -> jax.Array:
+    """A root key as JAX's typed key of the generator that it was made for, whatever the default one is."""
+    return jax.random.wrap_key_data(root, impl="threefry2x32")
+
+
+def reseeded(trainer: Trainer, seed: int) -> tuple[Trainer, jax.Array]:
+    """The same compiled pieces with sampling and noise of another seed; and the `State.key` that goes with it."""
+    noise = trainer.noise and dataclasses.replace(trainer.noise, seed=seed)
+    sampler = dataclasses.replace(trainer.sampler, seed=seed)
+    return dataclasses.replace(trainer, sampler=sampler, noise=noise), put(root_key(seed), trainer.places.key)
 
 
 def make_model(experiment: Experiment, num_classes: int, seed: int) -> nnx.Module:
@@ -104,7 +118,7 @@ def make_model(experiment: Experiment, num_classes: int, seed: int) -> nnx.Modul
         return ScatterLinear(num_classes)
     if experiment.trainable == "classifier":
         return ScatterLinear(num_classes, (feature_size(experiment),))
-    rngs = nnx.Rngs(params=jax.random.fold_in(jax.random.wrap_key_data(root_key(seed)), 2**31))
+    rngs = nnx.Rngs(params=jax.random.fold_in(wrapped(root_key(seed)), 2**31))
     model = make_network(experiment, num_classes, rngs)
     transfer.freeze(model, experiment.trainable)
     return model
@@ -195,12 +209,18 @@ def make_trainer(
       optimizer: any Optax transformation (default: SGD, without momentum in the paper).
       devices: default all devices of all processes, as a one-dimensional mesh.
       physical_batch_size: examples per device and call; default `call_size(experiment)`.
+    Raises:
+      ValueError: noise_multiplier is None (0 is no noise), or noise of a sum without a bound is asked for.
     """
+    check_noise(experiment)
     n, devices = len(data.train), devices or jax.devices()
     mesh = jax.sharding.Mesh(np.array(devices), (AXIS,))
     params, apply = functional(make_model(experiment, len(data.classes), seed) if model is None else model)
     optimizer = optimizer or make_optimizer(experiment)
     rescale = math.isfinite(experiment.clip_norm)
+    sigma, bits = experiment.noise_multiplier, None
+    if sigma:
+        bits = grid_bits(sigma, experiment.expected_batch_size)
     physical = physical_batch_size or call_size(experiment)
     micro = microbatch(experiment.augmult)
     split = devices[0].platform == "cpu" and physical % micro == 0 and not experiment.on_features
@@ -214,6 +234,7 @@ def make_trainer(
         has_aux=True,
         microbatch_size=micro if split else None,
         form=form,
+        grid_bits=bits,
     )
     if experiment.sampler == "poisson":
         sampler = sampling.Poisson(n, experiment.expected_batch_size / n, seed)
@@ -226,17 +247,38 @@ def make_trainer(
     return Trainer(
         experiment=experiment,
         sampler=sampler,
+        noise=GridNoise(seed, sigma, bits, jax.eval_shape(lambda: params)) if sigma else None,
         apply=apply,
         grad=grad,
         form=f"{form} gradients ({why})",
         mesh=mesh,
+        places=places,
         state=jax.tree.map(put, state, places),
         feed=feed,
         physical_batch_size=physical * len(devices),
-        zero=make_zero(jax.eval_shape(lambda: params), mesh),
+        zero=make_zero(jax.eval_shape(lambda: params), mesh, jnp.int32 if sigma else jnp.float32),
         accumulate=make_accumulate(grad, experiment.augmult, mesh, data.recipe, feed.resident),
-        update=make_update(experiment, grad.sensitivity, optimizer, mesh, places),
+        update=make_update(experiment, grad.unit, optimizer, mesh, places),
     )
+
+
+def check_noise(experiment: Experiment) -> None:
+    """Refuses noise that is not known, and noise that would protect nothing.
+
+    Raises:
+      ValueError: see there.
+    """
+    sigma, clip_norm = experiment.noise_multiplier, experiment.clip_norm
+    if sigma is None:
+        raise ValueError(
+            f"{experiment.name}: noise_multiplier must be known, got None; calibrate it (`dpnb.training.calibrated`), "
+            "or say 0 for no noise"
+        )
+    if sigma and not math.isfinite(clip_norm):
+        raise ValueError(
+            f"{experiment.name}: the noise needs a finite standard deviation, got clip_norm {clip_norm}: a sum that is "
+            "not clipped has no finite sensitivity; set clip_norm, or noise_multiplier = 0"
+        )
 
 
 def memory_limit(devices: list[jax.Device]) -> int:
@@ -280,7 +322,7 @@ def make_accumulate(
         finite = jnp.isfinite(info.norms)
         new = Seen(
             examples=mask,
-            loss=jnp.where(jnp.isfinite(info.losses), info.losses, 0),
+            loss=jnp.where(finite & jnp.isfinite(info.losses), info.losses, 0),
             right=info.aux * (mask & readable),
             norm=jnp.where(finite, info.norms, 0),
             clipped=finite & (info.norms > grad.clip_norm),
@@ -302,21 +344,23 @@ def make_accumulate(
     return jax.jit(sharded, donate_argnums=1)
 
 
-def make_update(experiment: Experiment, sensitivity: float, optimizer, mesh, places: State) -> Callable:
+def make_update(experiment: Experiment, unit: float, optimizer, mesh, places: State) -> Callable:
     """All-reduce, noise once, divide by the expected batch size, optimizer step, EMA.
 
-    `places` is a sharding for each leaf of the state: where parameters are divided, so are sum and noise.
+    Args:
+      unit: what one unit of the sum stands for.
+      places: a sharding for each leaf of the state: where parameters are divided, so are sum and noise.
+    Returns:
+      A function (state, totals, noise) -> (state, Seen); noise as `GridNoise` draws it, None for none.
     """
-    sigma = experiment.noise_multiplier
-    std = sigma * sensitivity if sigma else 0.0
-    add_noise((), jax.random.key(0), std)  # refuses an infinite one before anything is spent
 
-    def update(state: State, totals: Totals) -> tuple[State, Seen]:
-        total, seen = jax.tree.map(lambda t: t.sum(0), totals)
+    def update(state: State, totals: Totals, noise: PyTree) -> tuple[State, Seen]:
+        total, seen = jax.tree.map(lambda t: t.sum(0, dtype=t.dtype), totals)
         total = jax.lax.with_sharding_constraint(total, places.params)
-        _, noise_key = step_keys(state.key, state.step)
-        noisy = add_noise(total, noise_key, std)
-        gradient = jax.tree.map(lambda g: g / experiment.expected_batch_size, noisy)
+        noisy = total if noise is None else jax.tree.map(jnp.add, total, noise)  # exact, modulo 2^32
+        gradient = jax.tree.map(
+            lambda g: g.astype(jnp.float32) * unit / experiment.expected_batch_size, noisy
+        )
         changes, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, changes)
         t = state.step.astype(jnp.float32)
@@ -325,29 +369,33 @@ def make_update(experiment: Experiment, sensitivity: float, optimizer, mesh, pla
         return State(state.step + 1, params, ema, optimizer_state, state.key), seen
 
     # The state is not donated: an interrupted update leaves the state before it intact.
-    # Sums are donated, but for a divided state: it has no place for them.
-    donated = () if experiment.shard else 1
-    return jax.jit(update, donate_argnums=donated, out_shardings=(places, whole(mesh)))
+    return jax.jit(update, out_shardings=(places, whole(mesh)))
 
 
-def make_zero(params: PyTree, mesh: jax.sharding.Mesh) -> Callable[[], Totals]:
+def make_zero(params: PyTree, mesh: jax.sharding.Mesh, dtype) -> Callable[[], Totals]:
     """Zeros for one logical batch, a partial sum on every device."""
     devices = mesh.devices.size
 
     def zero():
-        gradient = jax.tree.map(lambda p: jnp.zeros((devices, *p.shape), jnp.float32), params)
-        return Totals(gradient, Seen(*[jnp.zeros(devices)] * len(Seen._fields)))
+        gradient = jax.tree.map(lambda p: jnp.zeros((devices, *p.shape), dtype), params)
+        return Totals(gradient, Seen(*[jnp.zeros(devices, jnp.float32)] * len(Seen._fields)))
 
     return jax.jit(zero, out_shardings=rows(mesh))
 
 
+def draw_noise(trainer: Trainer, step: int) -> PyTree:
+    """The noise of one update on the devices; None where there is none."""
+    return trainer.noise and jax.tree.map(put, trainer.noise(step), trainer.places.params)
+
+
 def one_update(trainer: Trainer, state: State) -> tuple[State, Seen]:
     """One private update on the examples that the sampler draws for this step."""
-    augmentation_key, _ = step_keys(state.key, state.step)
+    step, key = int(state.step), step_key(state.key, state.step)
     totals = trainer.zero()
-    for batch in trainer.feed.batches(trainer.sampler, int(state.step), trainer.physical_batch_size):
-        totals = trainer.accumulate(state.params, totals, *batch, augmentation_key)
-    return trainer.update(state, totals)
+    for batch in trainer.feed.batches(trainer.sampler, step, trainer.physical_batch_size):
+        totals = trainer.accumulate(state.params, totals, *batch, key)
+    noise = draw_noise(trainer, step)  # on the host, while the devices still add up
+    return trainer.update(state, totals, noise)
 
 
 def inputs(trainer: Trainer, state: State, totals: Totals, indices, mask, key) -> tuple:

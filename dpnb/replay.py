@@ -1,0 +1,102 @@
+"""Which noise a run draws, and the proof that a repeated update is the same.
+
+Sampling and noise of a run come from a stream, whose seed is derived from the run's seed and the stream's name.
+A run that nothing interrupts has one stream. A run that goes on from a checkpoint under the same settings goes on
+in its stream, and repeats updates that were lost: to the bit, as the ledger finds from a hash of the result. Under
+other settings (code, versions, hardware ...), which may round otherwise, it goes on in a stream of its own. No list
+of settings is complete; where a repetition is not the same after all, it is thrown away unseen and drawn afresh.
+"""
+
+import hashlib
+import json
+
+import jax
+import numpy as np
+
+from dpnb.hosts import from_first
+from dpnb.ledger import BudgetExceeded, Ledger, SharedNoise
+from dpnb.privacy import Mechanism
+from dpnb.randomness import derived_seed
+from dpnb.sharding import gathered
+from dpnb.update import Seen, State, Trainer, one_update, reseeded
+
+PAID, REFUSED, AFRESH = range(3)
+
+
+def stream_name(before: str, *why: str) -> str:
+    """A stream that follows from another one ("" for the first) and from why it was left."""
+    return hashlib.sha256(json.dumps([before, *why]).encode()).hexdigest()
+
+
+def digest(state: State) -> str:
+    """SHA-256 (hex) of all that an update releases, to the bit: parameters, averages, optimizer, step.
+
+    Every process has to call it. The random key is left out.
+    """
+    found = hashlib.sha256()
+    for leaf in jax.tree.leaves(state._replace(key=())):
+        x = np.asarray(gathered(leaf))
+        found.update(f"{x.dtype} {x.shape}".encode())
+        found.update(np.ascontiguousarray(x))
+    return found.hexdigest()
+
+
+class Payer:
+    """Makes updates one after another and pays for each before anything of it is seen.
+
+    Args:
+      ledger: decides, on the first process, for all of them.
+      trainer: the compiled pieces; their own seed is not used.
+      mechanism: what one update is.
+      seed: of the run and the experiment, from which those of streams are derived.
+      stream: that sampling and noise are drawn from; changes where a repetition fails.
+    """
+
+    def __init__(self, ledger: Ledger, trainer: Trainer, mechanism: Mechanism, seed: int, stream: str):
+        self.ledger, self.mechanism, self.seed = ledger, mechanism, seed
+        self._trainer = trainer
+        self._draw_from(stream)
+
+    def _draw_from(self, stream: str) -> None:
+        self.stream = stream
+        self._trainer, self._key = reseeded(self._trainer, derived_seed(self.seed, stream))
+
+    def update(self, state: State) -> tuple[State, Seen | None, str]:
+        """One update that is paid for: (new state, what it saw, ""), or (state, None, why it was refused)."""
+        step = int(state.step)
+        if refusal := self._refusal(step):
+            return state, None, refusal
+        while True:
+            new, seen = one_update(self._trainer, state._replace(key=self._key))
+            answer, refusal = self._charge(step, digest(new))
+            if answer == PAID:
+                return new, seen, ""
+            del new, seen  # unseen
+            if answer == REFUSED:
+                return state, None, refusal
+            self._draw_from(stream_name(self.stream, "not the same to the bit", digest(state)))
+
+    def _refusal(self, step: int) -> str:
+        """Why the update need not even be made: "" if it is affordable, or may be a repetition."""
+        refusal = ""
+        if not self.ledger.may_repeat(step):
+            try:
+                self.ledger.check_affordable(step, self.mechanism)
+            except BudgetExceeded as error:
+                refusal = str(error)
+        return _agreed(int(bool(refusal)), refusal)[1]
+
+    def _charge(self, step: int, released: str) -> tuple[int, str]:
+        try:
+            self.ledger.charge(step, self.mechanism, released, self.stream)
+        except SharedNoise:
+            return _agreed(AFRESH)
+        except BudgetExceeded as error:
+            return _agreed(REFUSED, str(error))
+        return _agreed(PAID)
+
+
+def _agreed(answer: int, refusal: str = "") -> tuple[int, str]:
+    """The first process's answer, and its reason, or that it has one."""
+    answer = from_first(answer)
+    return answer, (refusal or "the ledger of the first process refused the step") * (answer == REFUSED)
