@@ -113,13 +113,13 @@ def views(key, image, augmult: int, recipe: Recipe = SMALL_IMAGES) -> jax.Array:
         whole, (h, w) = jnp.pad(image, ((PAD, PAD), (PAD, PAD), (0, 0)), mode="symmetric"), image.shape[:2]
     room = whole.shape[0] - h + 1  # the same on both axes: photographs are squares
     offset_key, flip_key = jax.random.split(key)
-    offsets = jax.random.randint(offset_key, (augmult, 2), 0, room)
+    offsets = jax.random.randint(offset_key, (augmult, 2), 0, room, jnp.int32)
     flips = jax.random.bernoulli(flip_key, shape=(augmult,)).astype(jnp.int32)
     both = jnp.stack([whole, whole[:, ::-1]])  # [flipped?, height, width, 3]
 
     def crop(flip, offset):
         # One contiguous copy for each view: faster than index arrays or a select after the crop.
-        start = (flip, offset[0], offset[1], 0)
+        start = (flip, offset[0], offset[1], jnp.int32(0))
         return jax.lax.dynamic_slice(both, start, (1, h, w, 3))[0]
 
     return normalise(jax.vmap(crop)(flips, offsets), recipe)

@@ -75,6 +75,7 @@ class Ledger:
         budget when nothing else is run, from `dpnb.privacy.calibrate_steps`. Written into the journal,
         and never raised by passing a larger number later; where dp-accounting is installed, its own
         number counts.
+      settings: hash of the settings of whoever opens it; those of the first charge stay in the file.
     Raises:
       LedgerLocked: another process, or another `Ledger` in this one, has it open.
       LedgerError: the file is damaged, or was opened with another budget.
@@ -87,11 +88,13 @@ class Ledger:
         accountant: str = "pld",
         *,
         allowed_steps: Mapping[Mechanism, int] | None = None,
+        settings: str = "",
     ):
         if accountant not in ACCOUNTANTS:
             raise ValueError(f"accountant must be one of {ACCOUNTANTS}, got {accountant!r}")
         self.path = None if path is None else pathlib.Path(path)
         self.budget, self.accountant = budget, accountant
+        self.settings = settings  # under which the first step was, or would be, charged
         self._seen: set[tuple[int, str, Mechanism]] = set()  # (step, hash of what it released, ...)
         self._streams: set[tuple[int, str]] = set()  # the noise that was used
         self._chain, self._size = "", 0  # of the file: hash of all lines, bytes
@@ -122,10 +125,10 @@ class Ledger:
         lines, _ = _parse(path.read_bytes(), path)
         if not lines:
             raise LedgerError(f"{path} must begin with the line of its budget, got nothing; start anew")
-        budget, accountant = _header(lines[0], path)
+        budget, accountant, settings = _header(lines[0], path)
         if not read_only:
             return cls(path, budget, accountant)
-        ledger = cls(None, budget, accountant)
+        ledger = cls(None, budget, accountant, settings=settings)
         ledger._load(lines, path)
         ledger.path, ledger._closed = path, "was opened to read only"
         return ledger
@@ -301,7 +304,7 @@ class Ledger:
         self._size = len(sound)
         if not lines:
             return
-        budget, accountant = _header(lines[0], self.path)
+        budget, accountant, self.settings = _header(lines[0], self.path)
         same = [math.isclose(getattr(budget, k), getattr(self.budget, k)) for k in ("epsilon", "delta")]
         if not all(same) or accountant != self.accountant:
             raise LedgerError(
@@ -350,7 +353,9 @@ class Ledger:
         first = []
         if not self._chain:
             budget = {"epsilon": str(self.budget.epsilon), "delta": self.budget.delta}
-            first.append({"ledger": VERSION, **budget, "accountant": self.accountant})
+            first.append(
+                {"ledger": VERSION, **budget, "accountant": self.accountant, "settings": self.settings}
+            )
         for mechanism, n in self._given.items():
             if mechanism not in self._recorded:
                 first.append({"allowed_steps": int(n), **dataclasses.asdict(mechanism)})
@@ -423,22 +428,24 @@ def _object(text: bytes) -> dict | None:
         return value if isinstance(value, dict) else None
 
 
-def _header(line: dict, path) -> tuple[PrivacyBudget, str]:
-    try:
-        version, accountant = line["ledger"], line["accountant"]
-        budget = PrivacyBudget(float(line["epsilon"]), line["delta"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise _damaged(path, 1) from error
+def _header(line: dict, path) -> tuple[PrivacyBudget, str, str]:
+    """(budget, accountant, settings of the first charge)."""
+    version = line.get("ledger")
     if version == 1:
         raise LedgerError(
             f"{path} must be a version {VERSION} ledger, got version 1, which does not say what each step released, so "
             "that no repetition can be proven; start the run in another directory (whose epsilon adds to this one's)"
         )
+    try:
+        accountant, settings = line["accountant"], line["settings"] if version == VERSION else ""
+        budget = PrivacyBudget(float(line["epsilon"]), line["delta"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, 1) from error
     if version != VERSION or accountant not in ACCOUNTANTS:
         raise LedgerError(
             f"{path} must be a version {VERSION} ledger, got {version!r}, {accountant!r}; update dpnb"
         )
-    return budget, accountant
+    return budget, accountant, settings
 
 
 def _damaged(path, number: int) -> LedgerError:

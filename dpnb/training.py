@@ -147,8 +147,10 @@ def train(
     journal = folder / "ledger.jsonl" if jax.process_index() == 0 else None
     budget = privacy.PrivacyBudget(experiment.epsilon, experiment.delta)
     allowed = {mechanism: allowed_steps} if allowed_steps else None
+    used = jax.devices() if devices is None else devices
+    terms = dict(allowed_steps=allowed, settings=settings_of(experiment, data, used))
     # Locked from here on, and nothing is written yet.
-    with Ledger(journal, budget, experiment.accountant, allowed_steps=allowed) as ledger:
+    with Ledger(journal, budget, experiment.accountant, **terms) as ledger:
         custom = computation(model, optimizer, data.shape)
         public = pretrained.used(experiment, data)
         origin = {"public": public["sha256"]} if public else {}
@@ -160,8 +162,6 @@ def train(
         # Two releases must not share their noise, unless they are the same to the bit.
         seed = derived_seed(seed, fingerprint)
         agree(seed)
-        used = jax.devices() if devices is None else devices
-        settings = settings_of(experiment, data, used)
         if model is None:
             model = make_model(experiment, len(data.classes), derived_seed(seed, "initial parameters"))
         if pretrained.used(experiment) != public:
@@ -174,9 +174,10 @@ def train(
         start, history = int(state.step), notes.get("history", [])
         if journal and start:  # a checkpoint whose ledger was deleted is not continued
             ledger.check_holds(start - 1, digest(state))
-        stream = notes.get("stream", "")
-        if notes.get("settings") != settings:
-            stream = stream_name(stream, settings, digest(state) if start else "start")
+        stream, settings = notes.get("stream", stream_name("")), terms["settings"]
+        if from_first(int(notes.get("settings", ledger.settings) != settings)):
+            stream = stream_name(stream, settings, digest(state))
+        agree(derived_seed(seed, stream))
         payer = Payer(ledger, trainer, mechanism, seed, stream)
         evaluate, alive = make_evaluate(trainer.apply, recipe=data.recipe), make_alive(trainer, data)
         evaluate(state.params, data.test.head(1))  # compiles, before anything is charged

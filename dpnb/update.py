@@ -323,7 +323,7 @@ def make_accumulate(
         new = Seen(
             examples=mask,
             loss=jnp.where(finite & jnp.isfinite(info.losses), info.losses, 0),
-            right=info.aux * (mask & readable),
+            right=jnp.where(mask & readable, info.aux, 0),
             norm=jnp.where(finite, info.norms, 0),
             clipped=finite & (info.norms > grad.clip_norm),
             nonfinite=~finite,

@@ -109,7 +109,7 @@ def tiny() -> types.SimpleNamespace:
     import jax
     import pytest
 
-    from dpnb import data, results, training
+    from dpnb import data, replay, results, training
     from dpnb.experiments import Experiment
 
     experiment = Experiment(
@@ -121,7 +121,8 @@ def tiny() -> types.SimpleNamespace:
     data.save(bands(), file)
     derive, derived = training.derived_seed, []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "derived_seed", lambda *given: derived.append(derive(*given)) or derived[-1])
+        for module in (training, replay):
+            patch.setattr(module, "derived_seed", lambda *given: derived.append(derive(*given)) or derived[-1])
         run = training.train(experiment, bands(), out, model=linear(), devices=jax.devices()[:1])
     result = results.save(run, bands(), out)
     return types.SimpleNamespace(run=run, result=result, out=out, file=file, secrets=derived)

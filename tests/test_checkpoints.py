@@ -16,7 +16,7 @@ import pytest
 import tiny
 from flax import nnx
 
-from dpnb import checkpoints, training
+from dpnb import checkpoints, replay, training
 from dpnb.identity import computation
 from dpnb.ledger import Ledger, LedgerError
 from dpnb.privacy import PrivacyBudget
@@ -72,7 +72,7 @@ KILLED = """
 import os, signal, sys
 import jax
 import tiny
-from dpnb import checkpoints, ledger, training
+from dpnb import checkpoints, ledger, replay, training
 
 directory, where = sys.argv[1:]
 die = lambda: os.kill(os.getpid(), signal.SIGKILL)
@@ -85,7 +85,7 @@ def before(owner, name, when):
     setattr(owner, name, patched)
 
 if where == "update":  # paid, not made
-    before(training, "one_update", lambda trainer, state: int(state.step) == 2)
+    before(replay, "one_update", lambda trainer, state: int(state.step) == 2)
 elif where == "writing a checkpoint":  # in the middle: its folder is renamed when it is whole
     import pathlib
     for name in ("rename", "replace"):
@@ -140,7 +140,7 @@ def test_interrupted_in_every_part_of_the_loop(tmp_path, whole, monkeypatch):
             patch.setattr(owner, name, patched)
             train(tmp_path)
 
-    interrupt(training, "one_update", 1, after=True)  # made, its result lost
+    interrupt(replay, "one_update", 1, after=True)  # made, its result lost
     interrupt(Ledger, "charge", 2)
     interrupt(Ledger, "charge", 1, after=True)  # paid, not made
     interrupt(checkpoints.ocp.CheckpointManager, "save", 1)
@@ -213,15 +213,16 @@ def test_a_secret_seed_stays_secret(tmp_path):
     """In a file of mode 0600 and nowhere else, neither as a number nor as the key made from it."""
     experiment = tiny.experiment(augmult=0, seed=None, steps=3)
     first = train(tmp_path, experiment=experiment, stop_at_step=2)
-    file = tmp_path / "seed.secret"
-    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    file = tmp_path / "private" / "seed.secret"
+    assert [stat.S_IMODE(f.stat().st_mode) for f in (file, file.parent)] == [0o600, 0o700]
+    assert [f.name for f in tmp_path.iterdir()] == ["private"]
     secret = json.loads(file.read_text())["seed"]
     assert str(secret) not in repr(first.experiment) and first.experiment.seed is None
     for other in tmp_path.rglob("*"):
         if other.is_file() and other != file:
             assert str(secret).encode() not in other.read_bytes(), other
     # the checkpoint does not hold the key either
-    manager = checkpoints.ocp.CheckpointManager((tmp_path / "checkpoints").absolute())
+    manager = checkpoints.ocp.CheckpointManager((file.parent / "checkpoints").absolute())
     state = manager.restore(
         2, args=checkpoints.ocp.args.Composite(state=checkpoints.ocp.args.StandardRestore())
     ).state
@@ -234,8 +235,8 @@ def test_a_lost_secret_is_not_a_free_replay(tmp_path):
     """The new secret draws other noise: every step is a new release and is charged."""
     experiment = tiny.experiment(augmult=0, seed=None, steps=3)
     train(tmp_path, experiment=experiment, stop_at_step=2)
-    (tmp_path / "seed.secret").unlink()
-    shutil.rmtree(tmp_path / "checkpoints")
+    (tmp_path / "private" / "seed.secret").unlink()
+    shutil.rmtree(tmp_path / "private" / "checkpoints")
     again = train(tmp_path, experiment=experiment)
     assert again.steps == 1 and again.stopped  # two were spent, one was left
 
@@ -267,10 +268,3 @@ def test_identity_of_a_model_is_what_it_computes():
     optimizers = [None, optax.sgd(0.1), optax.sgd(0.2), optax.adam(0.1)]
     every = {computation(m, o, shape) for m in models for o in optimizers}
     assert len(every) == len(models) * len(optimizers)
-
-
-def test_going_back_to_the_first_computer_is_another_one(tmp_path):
-    """Steps that it charged and lost must not lend their noise to others after a detour."""
-    first, detour, back = (checkpoints.salt(tmp_path, computer) for computer in ("A", "B", "A"))
-    assert first == "" and len({first, detour, back}) == 3
-    assert checkpoints.salt(tmp_path, "A") == back

@@ -18,7 +18,7 @@ from dpnb.cost import memory_of
 from dpnb.data import load
 from dpnb.models import NFResNet
 from dpnb.photographs import write_folders
-from dpnb.update import make_trainer, one_update
+from dpnb.update import draw_noise, make_trainer, one_update
 
 WORKER = """
 import json, sys
@@ -193,8 +193,10 @@ def test_divided_state_is_the_same_and_an_eighth_of_the_memory(tmp_path):
     for tree in (divided.params, divided.ema, divided.optimizer[0].trace):
         assert tree["layer"]["kernel"].addressable_data(0).shape == (24, 4)
     assert divided.params["layer"]["bias"].is_fully_replicated  # 4 numbers, 8 devices
-    noise = trainer.update.lower(divided, trainer.zero()).compile().memory_analysis()
-    whole = updates(data, 8, steps=0)[0].update.lower(copied, trainer.zero()).compile().memory_analysis()
+    noise = trainer.update.lower(divided, trainer.zero(), draw_noise(trainer, 0)).compile().memory_analysis()
+    replicated = updates(data, 8, steps=0)[0]
+    lowered = replicated.update.lower(copied, replicated.zero(), draw_noise(replicated, 0))
+    whole = lowered.compile().memory_analysis()
     assert noise.output_size_in_bytes < 0.3 * whole.output_size_in_bytes
 
 
@@ -209,7 +211,7 @@ def test_memory_per_device_does_not_grow_with_their_number(tmp_path, shard):
         batch = trainer.feed.blank(trainer.physical_batch_size)
         compiled = (
             trainer.accumulate.lower(state.params, totals, *batch, jax.random.key(0)).compile(),
-            trainer.update.lower(state, totals).compile(),
+            trainer.update.lower(state, totals, draw_noise(trainer, 0)).compile(),
         )
         return [memory_of(c) for c in compiled]
 

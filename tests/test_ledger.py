@@ -23,10 +23,10 @@ from dpnb.ledger import (
     Ledger,
     LedgerError,
     LedgerLocked,
-    derived_seed,
-    lineage,
+    SharedNoise,
 )
 from dpnb.privacy import Mechanism, MissingAccountant, PrivacyBudget, epsilon, events_from_json
+from dpnb.replay import stream_name
 
 DELTA = 1e-5
 M = Mechanism(10.0, 0.1)
@@ -82,8 +82,8 @@ def dying_while_writing(at_byte):
         yield
 
 
-def charge(ledger, steps, mechanism=M, fingerprint="run"):
-    return [ledger.charge(step, mechanism, fingerprint) for step in steps]
+def charge(ledger, steps, mechanism=M, released="run"):
+    return [ledger.charge(step, mechanism, released) for step in steps]
 
 
 class TestBudget:
@@ -140,9 +140,9 @@ class TestBudget:
         ledger = Ledger(None, FREE)
         with pytest.raises(ValueError, match="step must be >= 0"):
             ledger.charge(-1, M, "run")
-        for mechanism, fingerprint in [("x", "run"), (M, ""), (M, None), (M, b"run")]:
-            with pytest.raises(TypeError, match="fingerprint that is a string"):
-                ledger.charge(0, mechanism, fingerprint)
+        for mechanism, released in [("x", "run"), (M, ""), (M, None), (M, b"run")]:
+            with pytest.raises(TypeError, match="hash that is a string"):
+                ledger.charge(0, mechanism, released)
         with pytest.raises(TypeError):
             ledger.charge(0.5, M, "run")
         with pytest.raises(ValueError, match="accountant must be"):
@@ -165,16 +165,39 @@ class TestReplay:
         charge(ledger, range(allowed["pld"]))
         assert not any(charge(ledger, range(allowed["pld"])))
 
-    def test_another_fingerprint_is_charged_in_full(self):
+    def test_another_value_is_charged_in_full(self):
         ledger = Ledger(None, FREE)
-        assert charge(ledger, [0, 1]) + charge(ledger, [0, 1], fingerprint="edited") == [True] * 4
+        assert charge(ledger, [0, 1]) + charge(ledger, [0, 1], released="edited") == [True] * 4
         assert ledger.steps == 4 and ledger.events() == [{**vars(M), "steps": 4}]
 
     @pytest.mark.parametrize("change", [(9.0, 0.1), (10.0, 0.2), (10.0, 0.1, "shuffle")])
-    def test_another_mechanism_is_charged_though_the_fingerprint_forgot_it(self, change):
+    def test_another_mechanism_is_charged_though_the_hash_is_the_same(self, change):
         ledger = Ledger(None, FREE)
         assert ledger.charge(0, M, "run") and ledger.charge(0, Mechanism(*change), "run")
         assert ledger.steps == 2 and len(ledger.events()) == 2
+
+    def test_one_noise_has_one_value(self, tmp_path):
+        """The same again is free; another value of the same stream is refused, and may come from another one."""
+        path = tmp_path / "ledger.jsonl"
+        with Ledger(path, FREE) as ledger:
+            assert ledger.charge(3, M, "value", "stream") and not ledger.charge(3, M, "value", "stream")
+            before = path.read_bytes()
+            for _ in range(2):
+                with pytest.raises(SharedNoise, match="throw the new value away"):
+                    ledger.charge(3, M, "other", "stream")
+            assert path.read_bytes() == before and ledger.steps == 1
+        with Ledger(path, FREE) as ledger:
+            with pytest.raises(SharedNoise):
+                ledger.charge(3, M, "other", "stream")
+            assert ledger.charge(4, M, "other", "stream") and ledger.charge(3, M, "other", "another stream")
+            assert not ledger.charge(3, M, "value", "a third") and ledger.steps == 3
+
+    def test_what_may_be_a_repetition_is_known(self, allowed):
+        ledger = Ledger(None, BUDGET)
+        charge(ledger, range(allowed["pld"]))
+        assert ledger.may_repeat(0) and not ledger.may_repeat(allowed["pld"])
+        with pytest.raises(BudgetExceeded):
+            ledger.check_affordable(0, M)
 
     def test_events(self):
         ledger = Ledger(None, FREE)
@@ -192,15 +215,85 @@ class TestReplay:
 
 class TestFile:
     def test_line_by_line(self, tmp_path):
-        with Ledger(tmp_path / "new" / "ledger.jsonl", BUDGET, allowed_steps={M: 3}) as ledger:
+        with Ledger(
+            tmp_path / "new" / "ledger.jsonl", BUDGET, allowed_steps={M: 3}, settings="mine"
+        ) as ledger:
             ledger.charge(7, M, "abc")
+        with Ledger(tmp_path / "new" / "ledger.jsonl", BUDGET, settings="others") as ledger:
+            assert ledger.settings == "mine"
         fields = {"noise_multiplier": 10.0, "sampling_probability": 0.1, "sampler": "poisson"}
         lines = [json.loads(line) for line in (tmp_path / "new" / "ledger.jsonl").read_text().splitlines()]
         assert lines == [
-            {"ledger": 1, "epsilon": "0.25", "delta": 1e-5, "accountant": "pld"},
-            {"allowed_steps": 3, **fields},
-            {"step": 7, "fingerprint": "abc", **fields},
+            {
+                "ledger": 2,
+                "epsilon": "0.25",
+                "delta": 1e-5,
+                "accountant": "pld",
+                "settings": "mine",
+                "chain": lines[0]["chain"],
+            },
+            {"allowed_steps": 3, **fields, "chain": lines[1]["chain"]},
+            {"step": 7, "released": "abc", "stream": "", **fields, "chain": lines[2]["chain"]},
         ]
+        said = [
+            json.dumps(
+                [lines[1]["chain"], {"step": 7, "released": "abc", "stream": "", **fields}], sort_keys=True
+            )
+        ]
+        assert lines[2]["chain"] == hashlib.sha256(said[0].encode()).hexdigest()[:32]
+
+    def test_nothing_is_written_before_the_first_charge(self, tmp_path):
+        """An opening that charges nothing binds nobody: another budget is another run's."""
+        path = tmp_path / "ledger.jsonl"
+        Ledger(path, BUDGET, allowed_steps={M: 3}).close()
+        with pytest.raises(BudgetExceeded), Ledger(path, BUDGET) as ledger:
+            ledger.charge(0, Mechanism(0.0, 0.1), "run")
+        assert not path.exists()
+        with Ledger(path, FREE, "rdp") as ledger:
+            ledger.charge(0, M, "run")
+        assert Ledger.open(path, read_only=True).accountant == "rdp"
+
+    @pytest.mark.parametrize("forge", ["change", "remove", "swap", "repeat"])
+    def test_an_edited_line_is_noticed(self, tmp_path, forge):
+        path = tmp_path / "ledger.jsonl"
+        with Ledger(path, FREE) as ledger:
+            charge(ledger, range(5))
+        lines = path.read_text().splitlines()
+        lines[2:4] = {
+            "change": [lines[2].replace("10.0", "11.0"), lines[3]], "remove": [lines[3]],
+            "swap": lines[3:1:-1], "repeat": [lines[2], lines[2], lines[3]],
+        }[forge]  # fmt: skip
+        path.write_text("\n".join(lines) + "\n")
+        with pytest.raises(LedgerError, match="damaged or edited"):
+            Ledger(path, FREE)
+
+    @pytest.mark.parametrize("how", ["replaced", "deleted", "written to", "cut"])
+    def test_a_file_that_somebody_else_touches_ends_the_run(self, tmp_path, how):
+        """A copy put in its place admits no second writer, and the first one charges nothing to nowhere."""
+        path = tmp_path / "ledger.jsonl"
+        first = Ledger(path, FREE)
+        charge(first, range(3))
+        if how == "replaced":
+            (tmp_path / "copy").write_bytes(path.read_bytes())
+            os.replace(tmp_path / "copy", path)
+        elif how == "deleted":
+            path.unlink()
+        else:
+            with path.open("r+b") as file:
+                file.truncate(path.stat().st_size - 40) if how == "cut" else file.seek(0, 2) and file.write(
+                    b"\n"
+                )
+        with pytest.raises(LedgerLocked):
+            Ledger(path, FREE)
+        with pytest.raises(LedgerError, match="changed by nobody"):
+            first.charge(3, M, "run")
+        with pytest.raises(LedgerError, match="writing to it failed"):
+            first.charge(3, M, "run")
+
+    def test_a_line_of_brackets_is_damage(self, tmp_path):
+        (tmp_path / "l").write_text("[" * 100_000 + "\n")
+        with pytest.raises(LedgerError, match="line 1 must be"):
+            Ledger.open(tmp_path / "l")
 
     def test_on_disk_before_charge_returns(self, tmp_path, monkeypatch):
         """Another process sees the line at once, and fsync came after the write."""
@@ -210,7 +303,7 @@ class TestFile:
             monkeypatch.setattr(os, "write", lambda *a: order.append("write") or write(*a))
             monkeypatch.setattr(os, "fsync", lambda *a: order.append("fsync") or fsync(*a))
             ledger.charge(0, M, "run")
-            assert order == ["write", "fsync"]
+            assert order == ["fsync", "write", "fsync"]  # its name in the directory first
             assert Ledger.open(path, read_only=True).steps == 1
 
     def test_open_finds_the_budget_and_the_steps(self, tmp_path):
@@ -272,14 +365,19 @@ class TestFile:
         path = tmp_path / "ledger.jsonl"
         with Ledger(path, FREE) as ledger:
             charge(ledger, range(1))
-        path.write_text(path.read_text().replace('"step": 0', '"step": 0, "free": true'))
+        line = json.loads(path.read_text().splitlines()[1]) | {"free": True}
+        chain = json.loads(path.read_text().splitlines()[0])["chain"]
+        line["chain"] = module._chained(chain, {k: v for k, v in line.items() if k != "chain"})
+        path.write_text(path.read_text().splitlines()[0] + "\n" + json.dumps(line) + "\n")
         with pytest.raises(LedgerError, match="line 2"):
             Ledger(path, FREE)
 
     def test_another_version(self, tmp_path):
-        (tmp_path / "l").write_text('{"ledger": 2, "epsilon": "1.0", "delta": 1e-5, "accountant": "pld"}\n')
-        with pytest.raises(LedgerError, match="version 1"):
-            Ledger.open(tmp_path / "l")
+        for version, said in [(1, "does not say what each step released"), (3, "update dpnb")]:
+            header = {"ledger": version, "epsilon": "1.0", "delta": 1e-5, "accountant": "pld"}  # of old
+            (tmp_path / "l").write_text(json.dumps(header) + "\n")
+            with pytest.raises(LedgerError, match=said):
+                Ledger.open(tmp_path / "l")
 
 
 class TestCrash:
@@ -306,11 +404,14 @@ class TestCrash:
 
     def test_torn_while_being_created(self, tmp_path):
         path, whole = tmp_path / "torn.jsonl", tmp_path / "whole.jsonl"
-        Ledger(whole, BUDGET).close()
+        with Ledger(whole, FREE) as ledger:
+            ledger.charge(0, M, "run")
         for at in range(whole.stat().st_size + 1):
             with dying_while_writing(at):
-                Ledger(path, BUDGET)
-            Ledger(path, BUDGET).close()
+                Ledger(path, FREE).charge(0, M, "run")
+            with Ledger(path, FREE) as again:
+                again.charge(0, M, "run")
+                assert again.steps == 1
             assert path.read_bytes() == whole.read_bytes()
             path.unlink()
 
@@ -392,7 +493,8 @@ class TestLock:
         Ledger(tmp_path / "ledger.jsonl", FREE).close()
 
     def test_a_refused_opening_frees_its_lock(self, tmp_path):
-        Ledger(tmp_path / "ledger.jsonl", FREE).close()
+        with Ledger(tmp_path / "ledger.jsonl", FREE) as ledger:
+            ledger.charge(0, M, "run")
         with pytest.raises(LedgerError) as kept_alive:
             Ledger(tmp_path / "ledger.jsonl", BUDGET)
         Ledger(tmp_path / "ledger.jsonl", FREE).close()
@@ -456,41 +558,49 @@ class TestWithoutDpAccounting:
 class Run:
     """A toy training run that keeps what an adversary sees: every (step, noisy value) ever released.
 
-    A value is determined by the parameters before it, settings and seed, as in a real run. A
-    checkpoint holds (parameters, lineage). `chained=False` forgets the lineage.
+    A value is determined by the parameters before it, by the noise (of its stream and step), and by `settings`, a pair
+    (what is known to matter, what matters and nobody thought of). A checkpoint holds (parameters, stream, settings
+    that are known). What it does is what `dpnb.training` and `dpnb.replay` do.
     """
 
-    def __init__(self, path, chained=True):
-        self.path, self.chained = path, chained
-        self.released, self.checkpoints = set(), {0: ("initial", "")}
+    def __init__(self, path):
+        self.path, self.noise = path, {}
+        self.released, self.checkpoints = set(), {0: ("initial", "", "")}
 
     def live(self, settings, steps, *, die=None, resume=True, mechanism=M, budget=BUDGET):
         """Trains from the newest checkpoint; `die` is (step, "before" | byte of the line | "after")."""
         start = max(self.checkpoints) if resume else 0
-        theta, fingerprint = self.checkpoints[start]
+        theta, stream, known = self.checkpoints[start]
+        if known != settings[0]:
+            stream = stream_name(stream, settings[0], theta)
         with Ledger(self.path, budget) as ledger:
+            if start:
+                ledger.check_holds(start - 1, theta)
             for step in range(start, steps):
-                fingerprint = lineage(fingerprint if self.chained else "", repr((settings, mechanism)))
-                if die == (step, "before"):
-                    return
-                if die and die[0] == step and isinstance(die[1], int):
+                while True:
+                    made = (theta, stream, *settings, mechanism, step)
+                    value = hashlib.sha256(repr(made).encode()).hexdigest()
+                    if die == (step, "before"):
+                        return
                     try:
-                        with dying_while_writing(die[1]):
-                            if not ledger.charge(step, mechanism, fingerprint):
-                                raise Killed  # a replay writes nothing
+                        if die and die[0] == step and isinstance(die[1], int):
+                            with dying_while_writing(die[1]):
+                                if not ledger.charge(step, mechanism, value, stream):
+                                    raise Killed  # a replay writes nothing
+                            return
+                        ledger.charge(step, mechanism, value, stream)
+                        break
+                    except SharedNoise:
+                        stream = stream_name(stream, "again", theta)
                     except BudgetExceeded:
-                        pass
-                    return
-                try:
-                    ledger.charge(step, mechanism, fingerprint)
-                except BudgetExceeded:
-                    return
-                theta = hashlib.sha256(f"{theta} {settings} {mechanism} {step}".encode()).hexdigest()
+                        return
+                theta = value
                 self.released.add((step, theta))
+                assert self.noise.setdefault((stream, step), theta) == theta  # else their difference is bare
                 if die == (step, "after"):
                     return
                 if step % 4 == 3:
-                    self.checkpoints[step + 1] = theta, fingerprint
+                    self.checkpoints[step + 1] = theta, stream, settings[0]
 
     def check(self):
         """No more was released than the ledger knows of, and that is within the budget."""
@@ -500,35 +610,49 @@ class Run:
 
 
 class TestAttacks:
-    """Ways in which a restart might overspend. (Deleting the ledger itself: `check_includes`.)"""
+    """Ways in which a restart might overspend. (Deleting the ledger itself: `check_holds`.)"""
 
     def test_restarting_over_and_over(self, tmp_path, remembered, allowed):
         run = Run(tmp_path / "ledger.jsonl")
         for _ in range(4):
-            run.live("a", 1000)
+            run.live("a1", 1000)
             assert run.check() == allowed["pld"] == len(run.released)
 
     def test_deleting_the_checkpoints(self, tmp_path, remembered, allowed):
         run = Run(tmp_path / "ledger.jsonl")
-        run.live("a", 10)
-        run.checkpoints = {0: ("initial", "")}
-        run.live("a", 12)  # the same bits again, and two more
+        run.live("a1", 10)
+        run.checkpoints = {0: ("initial", "", "")}
+        run.live("a1", 12)  # the same bits again, and two more
         assert run.check() == len(run.released) == 12
-        run.checkpoints = {0: ("initial", "")}
-        run.live("another seed", 1000)  # all of it anew: charged again
+        run.checkpoints = {0: ("initial", "", "")}
+        run.live("c1", 1000)  # all of it anew: charged again
         assert run.check() == len(run.released) == allowed["pld"]
 
     def test_editing_the_settings(self, tmp_path, remembered, allowed):
         run = Run(tmp_path / "ledger.jsonl")
         for settings in "abcdefgh":
-            run.live(settings, 15, resume=False)
+            run.live(settings + "1", 15, resume=False)
         assert run.check() == len(run.released) == allowed["pld"]
+
+    def test_settings_there_and_back(self, tmp_path, remembered, allowed):
+        """A spends everything, B is refused, A again repeats its steps to the bit: nothing new is released."""
+        run = Run(tmp_path / "ledger.jsonl")
+        for settings in ("a1", "b1", "a1", "b1", "a1"):
+            run.live(settings, 1000, resume=False)
+        assert run.check() == len(run.released) == allowed["pld"]
+
+    def test_what_nobody_thought_of(self, tmp_path, remembered, allowed):
+        """The known settings are the same, the bits are not: charged, and with noise of their own."""
+        run = Run(tmp_path / "ledger.jsonl")
+        for settings in ("a1", "a2", "a3", "a1", "a2"):
+            run.live(settings, 6, resume=False)
+        assert run.check() == len(run.released) == 18 <= allowed["pld"]
 
     def test_editing_the_noise(self, tmp_path, remembered):
         run = Run(tmp_path / "ledger.jsonl")
-        run.live("a", 5)
-        run.live("a", 10, mechanism=OTHER)
-        run.live("a", 1000, mechanism=M)
+        run.live("a1", 5)
+        run.live("a1", 10, mechanism=OTHER)
+        run.live("a1", 1000, mechanism=M)
         with Ledger.open(run.path, read_only=True) as ledger:
             assert run.check() == len(run.released) and len(ledger.events()) == 3
             assert ledger.spent <= BUDGET.epsilon
@@ -544,7 +668,8 @@ class TestAttacks:
     )
     def test_editing_the_promise(self, tmp_path, budget, accountant):
         path = tmp_path / "ledger.jsonl"
-        Ledger(path, BUDGET).close()
+        with Ledger(path, BUDGET, allowed_steps={M: 1}) as ledger:
+            ledger.charge(0, M, "run")
         with pytest.raises(LedgerError, match="a promise cannot be changed"):
             Ledger(path, budget, accountant)
         assert Ledger.open(path, read_only=True).budget == BUDGET
@@ -554,23 +679,24 @@ class TestAttacks:
         path = tmp_path / "ledger.jsonl"
         for k in range(5):
             with Ledger(path, PrivacyBudget(0.25 * (1 + 1e-10 * k), DELTA)) as ledger:
+                ledger.charge(0, M, "run")
                 assert ledger.budget == BUDGET
 
     def test_resuming_twice_at_once(self, tmp_path, remembered):
         run = Run(tmp_path / "ledger.jsonl")
-        run.live("a", 6)
+        run.live("a1", 6)
         with Ledger.open(run.path), pytest.raises(LedgerLocked):
-            run.live("a", 20)
+            run.live("a1", 20)
         assert run.check() == 6
 
     def test_resuming_twice_in_turn(self, tmp_path, remembered):
         run = Run(tmp_path / "ledger.jsonl")
-        run.live("a", 10, die=(6, "after"))  # checkpoint at 4
+        run.live("a1", 10, die=(6, "after"))  # checkpoint at 4
         for last in (9, 12):
             for _ in range(2):
-                run.live("a", last)
+                run.live("a1", last)
                 assert run.check() == len(run.released) == last
-                run.checkpoints = {0: ("initial", ""), 4: run.checkpoints[4]}
+                run.checkpoints = {0: ("initial", "", ""), 4: run.checkpoints[4]}
 
     def test_an_older_ledger_beside_a_checkpoint(self, tmp_path):
         path = tmp_path / "ledger.jsonl"
@@ -578,16 +704,17 @@ class TestAttacks:
             charge(ledger, range(4))
             older = path.read_bytes()
             charge(ledger, range(4, 9))
-            remembered = ledger.events()  # as a checkpoint holds it
-            ledger.check_includes(remembered)
+            ledger.check_holds(8, "run")  # as a checkpoint has it
             charge(ledger, range(9, 11))
-            ledger.check_includes(remembered)
+            ledger.check_holds(8, "run")
+            with pytest.raises(LedgerError, match="got 11 steps and not that one"):
+                ledger.check_holds(8, "another run")
         path.write_bytes(older)
-        with Ledger(path, FREE) as ledger, pytest.raises(LedgerError, match="9 steps.*got 4.*older copy"):
-            ledger.check_includes(remembered)
+        with Ledger(path, FREE) as ledger, pytest.raises(LedgerError, match="step 8.*got 4.*older copy"):
+            ledger.check_holds(8, "run")
         path.unlink()
         with Ledger(path, FREE) as ledger, pytest.raises(LedgerError, match="got 0"):
-            ledger.check_includes(remembered)
+            ledger.check_holds(8, "run")
 
     @pytest.mark.parametrize("seed", range(40))
     def test_any_history(self, tmp_path, remembered, allowed, seed):
@@ -595,59 +722,34 @@ class TestAttacks:
         rng, run = random.Random(seed), Run(tmp_path / "ledger.jsonl")
         for _ in range(12):
             if rng.random() < 0.3:
-                run.checkpoints = {0: ("initial", "")}
+                run.checkpoints = {0: ("initial", "", "")}
             elif rng.random() < 0.3:
                 run.checkpoints.pop(max(run.checkpoints)) if len(run.checkpoints) > 1 else None
             start = max(run.checkpoints)
-            where = rng.choice(["before", "after", 0, 1, rng.randrange(2, 180), None])
+            where = rng.choice(["before", "after", 0, 1, rng.randrange(2, 300), None])
             die = None if where is None else (start + rng.randrange(8), where)
-            run.live(rng.choice("aaab"), start + rng.randrange(1, 10), die=die)
-            if run.path.exists():
+            run.live(rng.choice(["a1", "a1", "a1", "b1", "a2"]), start + rng.randrange(1, 10), die=die)
+            if run.released:
                 assert run.check() <= allowed["pld"]
-        run.live("a", 1000)
+        run.live("a1", 1000)
         assert run.check() == allowed["pld"]
 
     def test_continuing_the_checkpoint_of_other_settings(self, tmp_path, remembered):
-        """b goes on from a's parameters, then from its own: the same step and settings, other bits."""
-        for chained in (True, False):
-            run = Run(tmp_path / f"{chained}.jsonl", chained)
-            run.live("a", 4)
-            run.live("b", 8)
-            run.live("b", 8, resume=False)
-            assert len(run.released) == 16
-            if chained:
-                assert run.check() == 16
-            else:  # why the lineage must be in the fingerprint
-                with pytest.raises(AssertionError):
-                    run.check()
+        """b goes on from a's parameters, then from its own: the same step and settings, other bits and noise."""
+        run = Run(tmp_path / "ledger.jsonl")
+        run.live("a1", 4)
+        run.live("b1", 8)
+        run.live("b1", 8, resume=False)
+        assert run.check() == len(run.released) == 16
 
     def test_the_toy_run_sees_an_overspending_ledger(self, tmp_path, remembered, monkeypatch):
         """The tests above can fail: with a ledger that forgets, they do."""
         run = Run(tmp_path / "ledger.jsonl")
         monkeypatch.setattr(Ledger, "_load", lambda self, lines, path: None)
         monkeypatch.setattr(Ledger, "_write", lambda self, line: None)
-        run.live("a", 10)
-        run.path.write_text('{"ledger": 1, "epsilon": "0.25", "delta": 1e-5, "accountant": "pld"}\n')
+        run.live("a1", 10)
+        run.path.write_text(
+            '{"ledger": 2, "epsilon": "0.25", "delta": 1e-5, "accountant": "pld", "settings": ""}\n'
+        )
         with pytest.raises(AssertionError):
             run.check()
-
-
-class TestDerivedSeed:
-    def test_lineage(self):
-        ways = [("a", "a"), ("a", "b"), ("b", "a"), ("aa", ""), ("", "aa"), ("a",), ("aa",), ("", "a", "a")]
-        ends = set()
-        for way in ways:
-            state = ""
-            for fingerprint in way:
-                state = lineage(state, fingerprint)
-            ends.add(state)
-        assert len(ends) == len(ways)
-
-    def test_fresh_where_anything_differs(self):
-        seeds = {derived_seed(seed, name) for seed in (0, 1, 11, 2**62) for name in ("a", "b", "1 a", "")}
-        assert len(seeds) == 16 and all(0 <= s < 2**63 for s in seeds)
-        assert derived_seed(0, "a") == derived_seed(np.int64(0), "a")
-
-    def test_pinned(self):
-        """A changed derivation would turn every replay into another release under an old fingerprint."""
-        assert derived_seed(7, "run") == int(hashlib.sha256(b"7 run").hexdigest()[:16], 16) >> 1
