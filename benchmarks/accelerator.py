@@ -32,7 +32,7 @@ from dpnb.clipping import clipped_grad
 from dpnb.convolution import FORMULATIONS, formulation
 from dpnb.data import Dataset, Split
 from dpnb.data import load as load_data
-from dpnb.update import make_trainer, one_update, step_keys
+from dpnb.update import draw_noise, make_trainer, one_update, step_key
 
 # name: (compute dtype, precision of matrix products)
 PRECISIONS = {
@@ -190,10 +190,14 @@ class Bench:
                 jax.random.split(key, size), images, e.augmult
             )
         )
-        key, _ = step_keys(state.key, state.step)
+        key = step_key(state.key, state.step)
         self.row("augmentation", views, seconds(lambda: one(trainer.feed.images[few], key), self.args.rounds))
-        took = seconds(lambda: trainer.update(state, trainer.zero()), self.args.rounds)
-        self.say(what="noise, optimizer, EMA", ms=1e3 * took)
+        noise = draw_noise(trainer, 0)
+        took = seconds(lambda: trainer.update(state, trainer.zero(), noise), self.args.rounds)
+        self.say(what="adding noise, optimizer, EMA", ms=1e3 * took)
+        # On the host, while the device still adds up gradients: it costs time only where it takes longer than they.
+        took = seconds(lambda: draw_noise(trainer, 0), self.args.rounds)
+        self.say(what="drawing noise", ms=1e3 * took, share_of_update=took / per_update)
 
 
 @functools.cache

@@ -8,13 +8,20 @@ Bound epsilon from the scores: `two_worlds_bound` (Clopper-Pearson) or `one_run_
 
 Formal guarantee of both bounds: if the trainer is (epsilon, delta)-differentially private under adding or
 removing one example, the bound exceeds epsilon with probability 1 - confidence at most, however the scores
-were made. Not the converse: an attack that finds little, or nothing, shows nothing. It may be a weak attack.
+were made. Not the converse: an attack that finds little, or nothing, shows nothing. It may be a weak attack, or too
+few runs: a bound says how much it could have shown at `most`, and where that is less than the stated epsilon, no
+fault at all would be seen (`Bound.verdict`). Nor does the audit see noise that is left out on one leaf, a clip after
+the sum, a batch that is always the same or a draw that is cut short, where the canary does not look:
+`dpnb.checks` looks there. `reachable_values` attacks the arithmetic of the noise itself.
 The bounds are a page of SciPy; jax-privacy 2.0 has them too, but brings pydantic, chex and a second trainer.
 References: Nasr et al. 2021 (arXiv 2101.04535) for two worlds; Steinke, Nasr and Jagielski 2023, Privacy
-auditing with one (1) training run (arXiv 2305.08846).
+auditing with one (1) training run (arXiv 2305.08846); Mironov 2012, On significance of the least significant bits
+for differential privacy (doi 10.1145/2382196.2382264).
 """
 
+import bisect
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -30,16 +37,32 @@ CHUNK = 500  # runs side by side
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """epsilon (>= 0) is a lower bound at `delta`, but for a chance of 1 - confidence; `found`: the counts."""
+    """epsilon (>= 0) is a lower bound at `delta`, but for a chance of 1 - confidence.
+
+    found: the counts; most: the bound if every guess had been right, which so many runs or guesses cannot exceed.
+    """
 
     epsilon: float
     delta: float
     confidence: float
     found: str
+    most: float = math.inf
 
     def __str__(self) -> str:
         at = f"delta = {self.delta:g}, {100 * self.confidence:g} % confidence"
-        return f"epsilon >= {self.epsilon:.3f} at {at} ({self.found})"
+        reach = f"; {self.most:.3f} at most could be shown" if math.isfinite(self.most) else ""
+        return f"epsilon >= {self.epsilon:.3f} at {at} ({self.found}{reach})"
+
+    def verdict(self, stated: float) -> str:
+        """What this says about a stated epsilon, also where it can say nothing."""
+        if self.epsilon > stated:
+            return f"broken: epsilon is above the stated {stated:.3f}, but for a chance of {1 - self.confidence:.2g}"
+        if self.most <= stated:
+            return (
+                f"cannot tell: {self.most:.3f} at most could be shown, and {stated:.3f} is stated; more runs or "
+                "guesses (`runs_needed`), or an attack on fewer updates, whose stated epsilon is smaller"
+            )
+        return f"no objection to the stated {stated:.3f}, where up to {self.most:.3f} could have been shown"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,9 +184,37 @@ def two_worlds_bound(without, with_, *, delta: float, confidence: float = 0.99) 
         values, *_ = _rates(*first, thresholds, delta, confidence)
         tried.append((values.max(), guess, second, thresholds[[values.argmax()]]))
     _, guess, (low, high), threshold = max(tried, key=lambda t: t[0])
+    most = min(_perfect(len(s), delta, confidence) for s in (low, high))
     (value,), (false,), (true,) = _rates(low, high, threshold, delta, confidence)
     found = f'"{guess}" guessed rightly {true} of {len(high)} times, wrongly {false} of {len(low)}'
-    return Bound(max(0.0, float(value)), delta, confidence, found)
+    return Bound(max(0.0, float(value)), delta, confidence, found, most)
+
+
+def reach(runs: int, delta: float, confidence: float = 0.99) -> float:
+    """The largest epsilon that `two_worlds_bound` can show with so many runs in each world, if each is told apart.
+
+    >>> round(reach(3000, 1e-2), 2)
+    5.63
+    """
+    return _perfect(runs - runs // 2, delta, confidence)
+
+
+def runs_needed(epsilon: float, delta: float, confidence: float = 0.99) -> int:
+    """Runs in each world from which on `two_worlds_bound` can exceed epsilon, if the attack is perfect.
+
+    >>> runs_needed(3.0, 1e-5)
+    219
+    """
+    few, most = 1, 4
+    while reach(most, delta, confidence) <= epsilon:
+        few, most = most, 2 * most
+    return few + bisect.bisect_right(range(few, most), epsilon, key=lambda n: reach(n, delta, confidence))
+
+
+def _perfect(runs: int, delta: float, confidence: float) -> float:
+    """The bound where so many are counted in each world, and all are right."""
+    (value,), *_ = _rates(np.zeros(runs), np.ones(runs), np.ones(1), delta, confidence)
+    return max(0.0, float(value))
 
 
 def _rates(low, high, thresholds, delta, confidence):
@@ -174,6 +225,54 @@ def _rates(low, high, thresholds, delta, confidence):
         upper = np.where(false < len(low), stats.beta.ppf(1 - miss, false + 1, len(low) - false), 1.0)
         lower = np.where(true > 0, stats.beta.ppf(miss, true, len(high) - true + 1), 0.0)
         return np.where(lower > delta, np.log((lower - delta) / upper), -np.inf), false, true
+
+
+def reachable_values(
+    noise: Callable[[np.ndarray, int], np.ndarray],
+    shift: np.ndarray,
+    runs: int,
+    learned: int = 2**22,
+    seed: int = 1,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Attacks the arithmetic of any noise: which values can it reach from one total, and not from the other?
+
+    A generator of floats has finitely many values, few of them far out, and a float sum keeps the low bits of
+    what is added: seen there, the total is told apart whatever the scale of the noise is (Mironov 2012). Nothing is
+    known of the noise in advance. Its values are learned from draws of other seeds; the values among the 1 % furthest
+    out which were seen in one world alone are looked for in the runs.
+
+    Args:
+      noise: (total, seed) -> what is released, [n] each: a noisy sum, or parameters after an update; it treats all
+        coordinates alike.
+      shift: float32 [n], what one example adds, the same in each coordinate: sensitivity / sqrt(n).
+      runs: in each world, with the seeds from `seed` on.
+      learned: numbers that are drawn in each world before, with later seeds. A quarter of the generator's own
+        values is enough (float32 from JAX has 2^23); generators of many more are beyond this attack.
+    Returns:
+      (without, with), float64 [runs] each, for `two_worlds_bound`.
+    """
+    worlds, later = (np.zeros_like(shift), shift), seed + 2 * runs
+    middle, far = 0.0, None
+    known = []
+    for world, total in enumerate(worlds):
+        values = []
+        for i in range(-(-learned // len(shift))):
+            y = np.asarray(noise(total, later + 2 * i + world))
+            if far is None:
+                middle = np.median(y)
+                far = np.quantile(abs(y - middle), 0.99)
+            values.append(y[abs(y - middle) > far])
+        known.append(np.unique(np.concatenate(values)))
+    only = np.setdiff1d(*known), np.setdiff1d(*known[::-1])
+
+    def score(y):
+        y = np.unique(y)
+        return float(np.isin(y, only[1]).sum() - np.isin(y, only[0]).sum())
+
+    scores = [
+        [score(np.asarray(noise(t, seed + 2 * i + w))) for i in range(runs)] for w, t in enumerate(worlds)
+    ]
+    return np.array(scores[0]), np.array(scores[1])
 
 
 def one_run(trainer: Trainer, canaries, steps: int, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
@@ -214,9 +313,13 @@ def one_run_bound(included, scores, *, high: int, low: int = 0, delta, confidenc
         raise ValueError(f"delta must be below 1 / (2 * {m} canaries), got {delta}; make one of them smaller")
     coins = included[np.argsort(scores, kind="stable")]
     right = int(coins[m - high :].sum() + (~coins[:low]).sum())
-    above = lambda epsilon: p_value(right, guesses, m, epsilon, delta) - (1 - confidence)
-    epsilon = 0.0 if above(0.0) >= 0 else float(optimize.brentq(above, 0.0, 100.0))
-    return Bound(epsilon, delta, confidence, f"{right} of {guesses} guesses right, {m} canaries")
+
+    def bound(right):
+        above = lambda epsilon: p_value(right, guesses, m, epsilon, delta) - (1 - confidence)
+        return 0.0 if above(0.0) >= 0 else float(optimize.brentq(above, 0.0, 100.0))
+
+    found = f"{right} of {guesses} guesses right, {m} canaries"
+    return Bound(bound(right), delta, confidence, found, bound(guesses))
 
 
 def p_value(right: int, guesses: int, canaries: int, epsilon: float, delta: float) -> float:

@@ -9,10 +9,12 @@ import json
 import os
 import pathlib
 import sys
+import warnings
 
 import dpnb
 from dpnb import experiments
 from dpnb.experiments import Experiment, cifar10, studies
+from dpnb.files import private_folder, write_whole
 
 NOTEBOOKS = pathlib.Path(__file__).parents[1] / "notebooks"
 NOTEBOOK = "cifar10_from_scratch.ipynb"
@@ -45,7 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     add.add_argument("--seed", type=int, default=0)
     add.add_argument("--seeds", type=int, metavar="N", help="seeds 0 ... N - 1 of each: a sweep")
-    add.add_argument("--secret-seed", action="store_true", help="draw the seed and publish it nowhere")
+    add.add_argument(
+        "--secret-seed", action="store_true", help="draw it, keep it private: if data are not public"
+    )
     add.add_argument("--out", type=pathlib.Path, help="directory (default runs/NAME/PRESET-seedSEED)")
     add.add_argument(
         "--data-dir",
@@ -59,8 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
     add.add_argument("--results", default="results", help="directory of records")
     add.add_argument("--markdown", action="store_true")
     add.add_argument("--write", type=pathlib.Path, metavar="FILE", help="put it between FILE's table markers")
-    add = commands.add_parser("verify", help="recompute epsilon and accuracy of a record from its own files")
-    add.add_argument("record", type=pathlib.Path, help="directory with result.json and ema.safetensors")
+    add = commands.add_parser("verify", help="hold a record against its files, the registry, and the data")
+    add.add_argument("record", type=pathlib.Path, help="directory of a run, or of its release")
     add.add_argument("--data-dir", default=None)
     add.add_argument("--data-file", default=None)
     options = parser.parse_args(arguments)
@@ -187,17 +191,20 @@ def run(options) -> int:
         data_note=options.data_note, output_dir=str(out.absolute()),
     )  # fmt: skip
     first, *rest = options.name.split("/")
+    if first == "pretrain" and e.seed is None:
+        raise ValueError("pre-training promises no privacy, so its seed is public; leave out --secret-seed")
     notebook = NOTEBOOKS_OF.get("/".join([first, *rest[:1]]), NOTEBOOKS_OF.get(first, NOTEBOOK))
     if not (NOTEBOOKS / notebook).exists():
         raise FileNotFoundError(
             f"`dpnb run` executes the notebooks of a source checkout, and {NOTEBOOKS} has none; "
             "clone the repository and `pip install -e .` there"
         )
-    out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("DPNB_PROGRESS", "plain")
     import papermill
 
-    executed, unfinished = out / notebook, out / f"unfinished-{notebook}"
+    # The executed notebook of a secret run shows training images; a copy without them comes beside the weights.
+    private = private_folder(out, e.seed is None)
+    executed, unfinished = private / notebook, private / f"unfinished-{notebook}"
     try:
         papermill.execute_notebook(
             NOTEBOOKS / notebook, unfinished, parameters, cwd=out, log_output=False, progress_bar=False,
@@ -208,10 +215,17 @@ def run(options) -> int:
         print(f"dpnb: the notebook up to there is {unfinished}")
         return 1
     unfinished.replace(executed)  # only now: a refused run leaves an earlier one's notebook alone
-    from dpnb import results
+    from dpnb import release, results
 
-    print("\n" + results.row(json.loads((out / "result.json").read_text())))
-    print(f"record: {out / 'result.json'}\nfigure: {out / 'curve.png'}\nnotebook: {executed}")
+    released = e.seed is None and (out / "release").is_dir()  # not without a privacy claim
+    folder = out / "release" if released else private
+    record = folder / release.RECORD
+    print("\n" + results.row(json.loads(record.read_text())))
+    print(f"record: {record}\nfigure: {private / 'curve.png'}\nnotebook: {executed}")
+    if released:
+        copy = release.notebook(json.loads(executed.read_text()))
+        write_whole(folder / notebook, json.dumps(copy, indent=1, ensure_ascii=False) + "\n")
+        print(f"may be published, see privacy.md there: {folder}")
     return 0
 
 
@@ -223,7 +237,11 @@ def table(options) -> int:
         raise KeyError(f"no experiment matches {pattern!r}; see `dpnb list`")
     if not pathlib.Path(options.results).is_dir():
         print(f"dpnb: no directory {options.results}, so no run of ours is in the table", file=sys.stderr)
-    frame = results.table(pattern, results.load(options.results))
+    with warnings.catch_warnings(record=True) as left_out:
+        warnings.simplefilter("always")
+        frame = results.table(pattern, results.load(options.results))
+    for why in dict.fromkeys(str(warning.message) for warning in left_out):
+        print(f"dpnb: {why}", file=sys.stderr)
     if options.write:
         options.write.write_text(results.insert(options.write.read_text(), options.name, frame))
     else:
@@ -236,6 +254,7 @@ def verify(options) -> int:
 
     report = verification.verify(options.record, data_dir=options.data_dir, data_file=options.data_file)
     print("\n".join(report.lines))
+    print("ok, complete" if report.ok and report.complete else "ok, incomplete" if report.ok else "FAILED")
     return 1 if not report.ok else 0 if report.complete else 3
 
 

@@ -120,7 +120,11 @@ class ClippedGrad:
         used = mask & jnp.isfinite(norms)
         factor = self._factor(jnp.where(used, norms, 1.0))
         few = jax.default_backend() == "cpu" and len(norms) <= FEW
-        add = _add_one_by_one if few else _add_reduced
+
+        def add(total, g, factor, used):  # kernels of convolutions come one by one, see `dpnb.batching`
+            adder = _add_one_by_one if few and g.ndim > 3 else _add_reduced
+            return adder(total, g, factor, used)
+
         info = NonPrivate(jnp.where(mask, norms, 0), jnp.where(mask, losses, 0), aux)
         if self.form == "materialised":
             return jax.tree.map(lambda total, g: add(total, g, factor, used), total, grads), info
@@ -160,20 +164,25 @@ class ClippedGrad:
 
 
 def _squares(g):
-    """The sum of squares of each example, in levels of at most `LANES` terms.
+    """The sum of squares of each example, axis by axis, at most `LANES` terms at a time.
 
-    Whatever the order in which the terms of a level are added, three levels (for 2^24 parameters) round by
-    a relative 3 * 256 * 2^-24 = 2^-14.4 at most; a plain sum of millions of terms may drift by far more.
+    Whatever the order in which those are added, each level rounds by a relative 256 * 2^-24 = 2^-16 at most, and
+    no array of networks needs more than four full ones; a plain sum of millions of terms may drift by far more.
     """
-    squares = jnp.square(g).reshape(len(g), -1)
-    while squares.shape[1] > LANES:
-        whole = squares.shape[1] // LANES * LANES
-        levels = (
-            squares[:, :whole].reshape(len(g), -1, LANES).sum(2),
-            squares[:, whole:].sum(1, keepdims=True),
-        )
-        squares = jax.lax.optimization_barrier(jnp.concatenate(levels, 1))  # or XLA would merge the levels
-    return squares.sum(1)
+    squares = jnp.square(g)
+    while squares.ndim > 1:
+        squares = jnp.maximum(_level(squares), 0)  # changes nothing, but XLA would merge bare levels
+    return squares
+
+
+def _level(x):
+    """Sums over the last axis, or over `LANES` neighbours along it where it is longer."""
+    *lead, last = x.shape
+    if last <= LANES:
+        return x.sum(-1)
+    whole = last // LANES * LANES
+    sums = x[..., :whole].reshape(*lead, -1, LANES).sum(-1)
+    return jnp.concatenate([sums, x[..., whole:].sum(-1, keepdims=True)], -1) if last > whole else sums
 
 
 def _add_one_by_one(total, g, factor, used):
@@ -232,8 +241,7 @@ def clipped_grad(
     lengthens it, to multiples of sensitivity / 2^grid_bits, and added up in int32. Integers add up to the
     same whatever their order and the number of devices, and the sensitivity is exact; `dpnb.noise` says
     why the noise is then that of the accountant. Gradients are clipped to 1 - 2^-13 of the clip norm
-    there, more than floats can err about a norm, with up to 2^24 parameters in one array (each level of
-    `_squares` errs by 2^-16 at most).
+    there, more than floats can err about a norm (`_squares`).
 
     Two forms compute the same sum. "materialised" keeps the gradients of all examples until
     their norms are known. "two-pass" is for models where these do not fit: the first pass reduces

@@ -10,15 +10,18 @@ import pathlib
 import platform
 import subprocess
 import sys
+import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors.numpy import save as serialised
 
-from dpnb import experiments, privacy
+from dpnb import experiments, privacy, release
+from dpnb.checkpoints import run_seed
+from dpnb.consistency import MALFORMED, LeftOut, changed, in_words, misfit, noisier
 from dpnb.data import Dataset
 from dpnb.experiments import imagenet, literature
-from dpnb.files import write_whole
+from dpnb.files import private_folder, write_whole
 from dpnb.statement import privacy_statement
 from dpnb.training import Run
 
@@ -30,8 +33,9 @@ def record(run: Run, data: Dataset) -> dict[str, Any]:
     """One run as plain JSON values; `recompute_epsilon` can check its privacy from itself.
 
     Epsilons are recomputed from the ledger, under PLD and RDP, at the experiment's delta;
-    None where the accountant is not installed (recompute later) and for infinity. A
-    secret seed (`seed=None`) is not in it.
+    None where the accountant is not installed (recompute later) and for infinity. A secret
+    seed (`seed=None`) is not in it, but hashes and exact statistics of the training data are:
+    `release.record` is what may be published.
     """
     e, mechanism = run.experiment, run.experiment.mechanism(len(data.train))
     return {
@@ -51,6 +55,7 @@ def record(run: Run, data: Dataset) -> dict[str, Any]:
             "neighbours": privacy.NEIGHBOURS,
             "calibrated_with": e.accountant,
             "seed_published": e.seed is not None,
+            "exact_noise": bool(e.noise_multiplier),  # see `privacy_statement`; older records do not have it
         },
         "augmult": e.augmult,
         "clip_norm": finite(e.clip_norm),
@@ -90,17 +95,33 @@ def peak_memory_mib() -> int | None:
 
 
 def save(run: Run, data: Dataset, directory: str | pathlib.Path) -> dict[str, Any]:
-    """Writes `result.json`, its `privacy.md`, and the averaged parameters (`ema.safetensors`, float32)."""
-    directory = pathlib.Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    saw = f"{data.name}, as {run.experiment.name} (fingerprint {data.fingerprint})"
+    """Writes `result.json`, its `privacy.md`, and the averaged parameters (`ema.safetensors`, float32).
+
+    They go to `directory`, where the data are public. With a secret seed they go to `directory/release`
+    (`directory/private`, if the run has no privacy claim) without anything exact about the training data, and
+    the full record to `directory/private/full-result.json`.
+
+    Returns:
+      The record as in `result.json`.
+    """
+    e, made = run.experiment, record(run, data)
+    private = all(m.private for m in privacy.counts_from_json(run.events))
+    folder = release.folder(directory, e.seed is None, private)
+    if e.seed is None:
+        kept = private_folder(directory, secret=True)
+        write_whole(kept / release.FULL_RECORD, _json(made), mode=0o600)
+        made = release.record(made, run_seed(kept, None)[0])
+    saw = f"{data.name}, as {e.name} (fingerprint {made['data']['fingerprint']})"
     if run.public:
         saw += f"; before that {run.public['saw']}"
-    write_whole(directory / "ema.safetensors", serialised(flatten(run.ema_params), {"saw": saw}))
-    made = record(run, data)
-    write_whole(directory / "result.json", json.dumps(made, indent=1, allow_nan=False) + "\n")
-    write_whole(directory / "privacy.md", statement(made) + "\n")
+    write_whole(folder / "ema.safetensors", serialised(flatten(run.ema_params), {"saw": saw}))
+    write_whole(folder / release.RECORD, _json(made))
+    write_whole(folder / "privacy.md", statement(made) + "\n")
     return made
+
+
+def _json(made: dict[str, Any]) -> str:
+    return json.dumps(made, indent=1, allow_nan=False) + "\n"
 
 
 def statement(result: dict[str, Any]) -> str:
@@ -112,6 +133,8 @@ def statement(result: dict[str, Any]) -> str:
         seed_published=result["privacy"]["seed_published"],
         data_note=result["data"]["note"],
         pretrained=public["saw"] if public else "",
+        training_examples=result["data"]["training_examples"],
+        exact_noise=result["privacy"].get("exact_noise", False),
     )
 
 
@@ -131,9 +154,9 @@ def recompute_epsilon(events: list[dict[str, Any]], delta: float, accountant: st
         return None
 
 
-def load(root: str | pathlib.Path) -> list[dict[str, Any]]:
-    """All records below a directory, oldest first."""
-    found = [json.loads(p.read_text()) for p in sorted(pathlib.Path(root).rglob("result.json"))]
+def load(root: str | pathlib.Path, name: str = release.RECORD) -> list[dict[str, Any]]:
+    """All records below a directory, oldest first; full ones of secret runs by `release.FULL_RECORD`."""
+    found = [json.loads(p.read_text()) for p in sorted(pathlib.Path(root).rglob(name))]
     return sorted(found, key=lambda r: r["finished"])
 
 
@@ -141,16 +164,32 @@ def of(experiment: experiments.Experiment, records: list[dict[str, Any]]) -> lis
     """The finished records of this experiment, whatever name and seed it ran under.
 
     A cell that stands in several tables is trained once: the records that match are those whose
-    hyper-parameters are all equal, what was calibrated (None in `experiment`) left out.
+    hyper-parameters are all equal, what was calibrated (None in `experiment`) left out: calibrated noise is
+    that which spends the budget. One that does not bear them out (its epsilons, mechanism, ledger, data or
+    accuracies are others) is left out with the warning `dpnb.consistency.LeftOut`; weights are not looked
+    at, see `dpnb verify`.
     """
     default = {f.name: f.default for f in dataclasses.fields(experiment)}
     wanted = {k: finite(v) for k, v in experiment.decisive().items() if v is not None}
 
     def same(record):
         hyper = record["hyper_parameters"]
-        return all(hyper.get(k, default[k]) == v for k, v in wanted.items())
+        equal = all(hyper.get(k, default[k]) == v for k, v in wanted.items())
+        return equal and not (experiment.noise_multiplier is None and noisier(record))
 
-    return [r for r in records if not r["stopped"] and same(r)]
+    return [r for r in records if not r["stopped"] and same(r) and _fits(r)]
+
+
+def _fits(record: dict[str, Any]) -> bool:
+    """Whether a record bears out its hyper-parameters; warns if not."""
+    if why := misfit(record):
+        _left_out(record, why)
+    return not why
+
+
+def _left_out(record: dict[str, Any], why: str) -> None:
+    which = f"{record['experiment']} [{record['preset']}, seed {record['seed']}, finished {record['finished']}]"
+    warnings.warn(f"left out of all tables: the record {which}: {why}", LeftOut, stacklevel=4)
 
 
 def cell(name: str, preset: str, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -178,12 +217,13 @@ def row(result: dict[str, Any]) -> str:
         if p[f"epsilon_{name}"] is not None
     )
     theirs = "" if paper["mean"] is None else f" (paper: {spread(paper['mean'], paper['std'])} %)"
+    took = "" if result["seconds"] is None else f"{result['seconds'] / 60:.1f} minutes on "
     return (
         f"{result['experiment']} [{result['preset']}, seed {result['seed']}] on {result['data']['name']}: "
         f"EMA {result['accuracy']['ema']:.2f} %, raw {result['accuracy']['raw']:.2f} %{theirs} at "
         f"{p['epsilon_is']} epsilon {epsilons or 'infinite'}, delta {p['delta']:g}, sigma "
         f"{p['noise_multiplier']:.4g}, q {p['sampling_probability']:.4g}, {p['steps']} steps, "
-        f"{p['sampler']} sampling, {p['neighbours']}; {result['seconds'] / 60:.1f} minutes on {result['devices']}"
+        f"{p['sampler']} sampling, {p['neighbours']}; {took}{result['devices']}"
     )
 
 
@@ -197,11 +237,13 @@ def table(pattern: str, results: list[dict[str, Any]]):
       pandas.DataFrame; ours is EMA accuracy in percent, mean +- standard deviation over n seeds.
       A row that neither the paper nor we have a number for is left out (`dpnb list` has them all).
       A difference is shown at preset "paper" only: other presets are other experiments. Runs whose
-      hyper-parameters were changed are experiments without a name, and not in it.
+      hyper-parameters were changed are experiments without a name, and not in it; nor is what does not fit
+      its row (see `of`). Of both the warning `dpnb.consistency.LeftOut` says why.
     """
     import pandas
 
     rows = []
+    _say_changed([r for r in results if r["experiment"] in experiments.names(pattern)])
     for name in experiments.names(pattern):
         e = experiments.get(name)
         base = {"experiment": name, "epsilon": e.epsilon, "paper": published(e)}
@@ -224,6 +266,19 @@ def table(pattern: str, results: list[dict[str, Any]]):
         "status",
     ]
     return pandas.DataFrame(rows, columns=columns, dtype=object).fillna("-")  # counts stay whole
+
+
+def _say_changed(records: list[dict[str, Any]]) -> None:
+    """A warning for each record whose settings are not those of the row that it names, or that was stopped."""
+    for r in records:
+        try:
+            different = in_words(changed(r))
+        except MALFORMED as error:
+            different = f"{type(error).__name__}: {error}"
+        if different:
+            _left_out(r, f"settings changed from the registry: {different}")
+        elif r["stopped"]:
+            _left_out(r, f"stopped: {r['stopped']}")
 
 
 def status(experiment: experiments.Experiment, results: list[dict[str, Any]]) -> str:
@@ -312,7 +367,7 @@ def summary(cells: list[experiments.Experiment], records: list[dict[str, Any]], 
                 "ema_std": float(np.std(ema, ddof=1)) if len(ema) > 1 else math.nan,
                 "raw": mean([r["accuracy"]["raw"] for r in runs]),
                 "n": len(runs),
-                "minutes": mean([r["seconds"] / 60 for r in runs]),
+                "minutes": mean(_minutes(runs)),
                 "first": e.fingerprint() not in seen,
                 "note": "; ".join(sorted({r["data"]["note"] for r in runs} - {""})),
             }
@@ -483,11 +538,16 @@ def _ours(runs, preset, experiment) -> dict[str, Any]:
         "ours": f"{np.mean(accuracies):.1f}{deviation}",
         "n": len(runs),
         "difference": f"{np.mean(accuracies) - experiment.paper_mean:+.1f}" if full else "-",
-        "minutes": f"{np.mean([r['seconds'] for r in runs]) / 60:.1f}",
+        "minutes": f"{np.mean(_minutes(runs)):.1f}" if _minutes(runs) else "-",
         "devices": ", ".join(sorted({r["devices"].split(",")[0] for r in runs})),
         "status": (verdict(experiment, runs) if preset == "paper" else "run at smaller scale")
         + (" (nominal epsilon)" if nominal else ""),
     }
+
+
+def _minutes(runs: list[dict[str, Any]]) -> list[float]:
+    """What each run took; released records of secret runs do not say."""
+    return [r["seconds"] / 60 for r in runs if r["seconds"] is not None]
 
 
 def versions() -> dict[str, str]:

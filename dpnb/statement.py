@@ -1,10 +1,18 @@
-"""The privacy statement: what a run promises, to whom, and what it does not, in prose."""
+"""The privacy statement: what a run promises, to whom, what it does not, and what of it may be published."""
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpnb.privacy import ACCOUNTANTS, NEIGHBOURS, MissingAccountant, compose, counts_from_json, epsilon
+from dpnb.privacy import (
+    ACCOUNTANTS,
+    NEIGHBOURS,
+    Mechanism,
+    MissingAccountant,
+    compose,
+    counts_from_json,
+    epsilon,
+)
 
 
 def privacy_statement(
@@ -14,6 +22,8 @@ def privacy_statement(
     seed_published: bool,
     data_note: str = "",
     pretrained: str = "",
+    training_examples: int | None = None,
+    exact_noise: bool = False,
 ) -> str:
     """What was promised, to whom, and what was not, in prose. Never an epsilon without its terms.
 
@@ -23,64 +33,148 @@ def privacy_statement(
       seed_published: whether the seed of the run is, or will be, public.
       data_note: a caveat about the training data, "" if none.
       pretrained: what the parameters were pre-trained on, "" if from scratch.
+      training_examples: N; with it, the statement says whether delta is at least 1/N.
+      exact_noise: whether the sums are exact and noise and Poisson sampling come from a cryptographic
+        generator, as in `dpnb.training`; otherwise floating-point arithmetic is named as a gap.
     """
     counts = counts_from_json(events)
     if not counts:
         return "No private step was taken: nothing was spent, and nothing was learnt from the data."
+    parts = [_claim(counts, delta)]
+    if training_examples and delta >= 1 / training_examples:
+        parts.append(_large_delta(delta, training_examples))
+    if all(m.private for m in counts):
+        parts.append(COVERED)
+    parts += [
+        _seed(seed_published),
+        _randomness(counts) if exact_noise else "",
+        COUNTED,
+        "NOT protected: " + "; ".join(_gaps(pretrained, exact_noise)) + ".",
+        _publishable(counts, seed_published),
+        f"About the data: {data_note}" if data_note else "",
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+COVERED = (
+    "Covered are all noisy updates, and so every parameter vector and every average computed from them. The "
+    "checkpoint files are not covered: beside the parameters they hold exact statistics of the training "
+    "data."
+)
+COUNTED = (
+    "This epsilon is that of one run and of one training example. Several released runs on the same data "
+    "add up: their epsilons and deltas are summed. A person with k training examples has about k times this "
+    "epsilon, at a delta more than k times as large."
+)
+
+
+def _claim(counts: Mapping[Mechanism, int], delta: float) -> str:
+    """Is it private, at which epsilon, and under which terms?"""
     runs = "; then ".join(
         f"{n} updates of noise multiplier sigma = {m.noise_multiplier:g}, sampling probability "
         f"q = {m.sampling_probability:g}, {m.sampler} sampling" for m, n in counts.items()
     )  # fmt: skip
-    private = all(m.private for m in counts)
-    valid = all(m.valid for m in counts)
     try:
         numbers = [(k, epsilon(compose(counts), 1, delta, k)) for k in ACCOUNTANTS]
         claim = ", ".join(f"epsilon = {_round_up(e)} ({k.upper()} accountant)" for k, e in numbers)
     except MissingAccountant:
         claim = "epsilon not computed (dp-accounting is not installed here; recompute it from the events)"
     terms = f"{claim}, at delta = {delta:g}, neighbouring relation: {NEIGHBOURS}, for {runs}."
-    if not private:
-        head = (
+    if not all(m.private for m in counts):
+        return (
             "This run is NOT differentially private: there were updates without noise, or with too little "
             f"to be accounted. {terms}"
         )
-    elif not valid:
-        head = (
-            f"This run has only a *nominal* privacy claim: {terms} The accountants assume Poisson "
-            "sampling, but fixed-size batches of shuffled data were used, for which the true epsilon "
-            "can be larger. This is not a guarantee."
+    if not all(m.valid for m in counts):
+        return (
+            f"This run has only a *nominal* privacy claim: {terms} The accountants assume Poisson sampling, "
+            "but fixed-size batches of shuffled data were used, for which the true epsilon can be larger. "
+            "This is not a guarantee."
         )
-    else:
-        head = f"This run is differentially private, valid for the sampler that ran: {terms}"
-    seed = "The seed is published: the noise can be computed and subtracted, so the guarantee holds only "
-    if not seed_published:
-        seed = "The seed must stay secret: who knows it can subtract the noise. The guarantee holds only "
-    pretraining = (
-        f"pre-training data: the run started from parameters pre-trained on {pretrained}, which get no "
-        "protection at all from it; that none of the private examples was among them is the word of whoever ran "
-        "this, as far as names and fingerprints do not show it"
-        if pretrained
-        else "pre-training data: none was used (where there is some, it gets no protection)"
+    return f"This run is differentially private, valid for the sampler that ran: {terms}"
+
+
+def _large_delta(delta: float, n: int) -> str:
+    return (
+        f"WARNING: delta = {delta:g} is not below 1/N = {1 / n:.3g} (N = {n} training examples). Publishing "
+        "one training example, drawn at random, in full would satisfy such a delta, whatever epsilon is: "
+        "choose a delta well below 1/N."
     )
-    gaps = [
-        "training loss, training accuracy, gradient norms, batch sizes and numbers of clipped, non-finite or unreadable examples shown or logged during training, "
-        "which are exact functions of the data",
+
+
+def _seed(published: bool) -> str:
+    what = "must stay secret: who knows it can subtract the noise"
+    if published:
+        what = "is published: the noise can be computed and subtracted"
+    return f"The seed {what}. The guarantee holds only against those who do not know it."
+
+
+def _randomness(counts: Mapping[Mechanism, int]) -> str:
+    """Which generators there are, and what each has to do with the guarantee."""
+    shuffled = " NumPy's Philox generator, which drew the permutations of the shuffled batches, is not cryptographic either."
+    return (
+        "Randomness: the noise and the Poisson samples come from SHAKE (FIPS 202), a cryptographic "
+        "function, keyed with the seed; a secret seed has 256 bits from the operating system. Clipped "
+        "gradients are rounded towards zero to a fixed-point grid and summed exactly, as integers, and the "
+        "noise is an exactly sampled Gaussian rounded to that grid, which is post-processing of the "
+        "Gaussian mechanism that is accounted for. JAX's Threefry generator is not cryptographic; it draws "
+        "only the random views of the images and the initial parameters, and the guarantee holds even for "
+        "those who "
+        "can predict them." + (shuffled if any(m.sampler == "shuffle" for m in counts) else "")
+    )
+
+
+def _gaps(pretrained: str, exact_noise: bool) -> list[str]:
+    """What is not protected, a clause each."""
+    return [
+        "training loss, training accuracy, gradient norms, batch sizes and numbers of clipped, non-finite or unreadable "
+        "examples shown or logged during training, which are exact functions of the data",
         "hyper-parameter search: only this run is counted, not the runs that chose its settings",
-        "the normalisation constants of the images, the class names and the number of examples, "
-        "which are taken as public",
-        pretraining,
+        "the normalisation constants of the images, the class names and the number of training examples, which are "
+        "taken as public",
+        "pre-training data: none was used (any would get no protection)"
+        if not pretrained
+        else f"pre-training data: the run started from parameters pre-trained on {pretrained}, which it does not protect "
+        "at all; that no private example was among them is asserted by whoever ran this, and only names and "
+        "fingerprints were checked",
         "the choice of the best checkpoint or of the best run by any measure on private data",
-        "the examples of the test or validation split, which are evaluated on without any noise",
-        "floating-point side channels and timing: noise is drawn in float32 from a pseudo-random generator "
-        "that is not cryptographic, and arithmetic is not exact",
+        "the examples of the test or validation split, on which the parameters are evaluated without noise",
+        *(
+            [
+                "timing and memory: how long an update takes tells the size of its batch",
+                "attackers who can break SHAKE: they could predict the noise, as the guarantee is computational",
+            ]
+            if exact_noise
+            else [
+                "floating-point side channels and timing: noise is drawn in float32 from a pseudo-random "
+                "generator that is not cryptographic, and arithmetic is not exact"
+            ]
+        ),
     ]
-    parts = [
-        head,
-        "Covered are all noisy updates, hence every parameter vector, average and checkpoint made from them.",
-        f"{seed}against those who do not know it.",
-        "NOT protected: " + "; ".join(gaps) + ".",
-    ]
-    return "\n\n".join([*parts, f"About the data: {data_note}"] if data_note else parts)
+
+
+def _publishable(counts: Mapping[Mechanism, int], seed_published: bool) -> str:
+    """Which files may be published, and what that rests on."""
+    if seed_published:
+        return (
+            "Files: publishing the seed presupposes that the data are public. Then every file of this run "
+            "may be published; if they are not public, none may."
+        )
+    kept = (
+        "Never publish `private/`: it holds the seed, checkpoints, ledger, training curve, full record and "
+        "full notebook, with exact statistics of the training data, an unkeyed hash of them, and some "
+        "training images."
+    )
+    if not all(m.private for m in counts):
+        return f"Files: this run gives no guarantee, so none of its files may be published. {kept}"
+    basis = "guarantee" if all(m.valid for m in counts) else "*nominal* claim, which is not a guarantee,"
+    return (
+        "Files: those in `release/` may be published: `ema.safetensors` (averaged parameters), "
+        "`result.json` (settings, number of updates, accuracy on the evaluation split), `privacy.md` (this "
+        "statement) and the executed notebook, if there is one, without the outputs that show training "
+        f"data. That rests on the {basis} above, on the seed staying secret (the files name the data only by "
+        f"a hash keyed with it), and on what is listed above as public or as not protected. {kept}"
+    )
 
 
 def _round_up(value: float) -> str:

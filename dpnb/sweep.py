@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from dpnb import cost, experiments, features, results, training
+from dpnb import cost, experiments, features, release, results, training
 from dpnb.data import Dataset
 from dpnb.experiments import Experiment
 from dpnb.models import pretrained
@@ -96,7 +96,8 @@ def directory(root: str | pathlib.Path, e: Experiment) -> pathlib.Path:
 def finished(e: Experiment, data: Dataset, records: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The record of this very experiment and seed on these very images, under whatever name it ran.
 
-    With public weights it must have begun with these very ones.
+    With public weights it must have begun with these very ones. Of a run with a secret seed only the full
+    record tells: what is released names the images by a keyed hash.
     """
     same = results.of(e, records)
     if not same:
@@ -150,10 +151,11 @@ def run(todo: list[Experiment], data: Dataset, root: str | pathlib.Path, say=pri
     Args:
       todo: from `plan`.
       data: images, as `dpnb.data.load` gives them.
-      root: of one directory per experiment and seed, with checkpoints, ledger and record.
+      root: of one directory per experiment and seed, with checkpoints, ledger and record; of a secret seed in
+        its `release/` and `private/`.
       say: prints one line.
     """
-    records = results.load(root)
+    records = [*results.load(root), *results.load(root, release.FULL_RECORD)]
     done = {e: finished(e, data, records) for e in todo}
     left = [e for e in todo if done[e] is None]
     failures, costs = {}, {}
@@ -176,11 +178,12 @@ def run(todo: list[Experiment], data: Dataset, root: str | pathlib.Path, say=pri
                 say(f"    {budget(training.calibrated(e, len(data.train)), data)}; {costs[e].form}")
             trained = training.train(e.replace(physical_batch_size=size), ready, directory(root, e))
             done[e] = results.save(trained, ready, directory(root, e))
-            say(f"    EMA {done[e]['accuracy']['ema']:.2f} %, {done[e]['seconds'] / 60:.1f} minutes")
+            say(f"    EMA {done[e]['accuracy']['ema']:.2f} %, {trained.seconds / 60:.1f} minutes")
         except Exception as error:  # the other cells are worth having
             failures[label] = f"{type(error).__name__}: {error}"
-            directory(root, e).mkdir(parents=True, exist_ok=True)
-            (directory(root, e) / "failure.txt").write_text(traceback.format_exc())
+            place = directory(root, e) / ("private" if e.seed is None else "")
+            place.mkdir(mode=0o700 if e.seed is None else 0o777, parents=True, exist_ok=True)
+            (place / "failure.txt").write_text(traceback.format_exc())
             say(f"    failed: {failures[label]}")
     for label, why in failures.items():
         say(f"failed: {label}: {why}")

@@ -26,6 +26,7 @@ from flax import nnx
 
 from dpnb import features, privacy
 from dpnb.checkpoints import Checkpoints, run_seed
+from dpnb.checks import check_trainer
 from dpnb.data import Dataset
 from dpnb.evaluation import Evaluation, make_evaluate
 from dpnb.experiments.experiment import Experiment
@@ -86,6 +87,8 @@ def calibrated(experiment: Experiment, n: int) -> Experiment:
             f"{e.name}: expected_batch_size must be at most the {n} training examples, "
             f"got {e.expected_batch_size}; set a smaller one"
         )
+    if not math.isinf(e.epsilon or 0):
+        privacy.warn_if_delta_is_large(e.delta, n)
     if e.epsilon is None:
         return e.replace(
             epsilon=privacy.epsilon(e.mechanism(n), e.steps, delta=e.delta, accountant=e.accountant)
@@ -133,6 +136,7 @@ def train(
     Raises:
       ValueError: bad hyper-parameters, or the directory holds another experiment's run.
       MixesExamples: the model lets one example influence another.
+      UnsoundTrainer: clipping, noise or sampling do not behave as the guarantee needs them to.
     """
     began = time.monotonic()
     experiment = calibrated(experiment, len(data.train))
@@ -169,6 +173,7 @@ def train(
         check_independent(model, noise_images(data))
         check_outputs(model, data)
         trainer = make_trainer(experiment, data, seed=seed, model=model, optimizer=optimizer, devices=devices)
+        check_trainer(trainer).raise_if_failed()
         checkpoints = Checkpoints(folder, f"{fingerprint} {label}")
         state, notes = checkpoints.restore(trainer.state)
         start, history = int(state.step), notes.get("history", [])

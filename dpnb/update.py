@@ -242,7 +242,7 @@ def make_trainer(
         sampler = sampling.Shuffle(n, experiment.expected_batch_size, seed)
     zero = jnp.zeros((), jnp.int32)
     state = State(zero, params, params, optimizer.init(params), root_key(seed))
-    places = placed(state, mesh, experiment.shard)
+    places = placed(state, mesh, experiment.shard)._replace(key=whole(mesh))
     feed = make_feed(data, experiment.augmult, mesh)
     return Trainer(
         experiment=experiment,

@@ -1,24 +1,39 @@
-"""Does a record hold?  Its epsilon from its ledger, its accuracy from its weights."""
+"""Does a record hold?  Against its own files, the registry, the data, and its weights; what no check can show."""
 
 import dataclasses
 import json
 import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from dpnb import data, features, privacy, results
-from dpnb.evaluation import make_evaluate
+from dpnb import data, features, release
+from dpnb.augment import Recipe, plain
+from dpnb.checkpoints import run_seed
+from dpnb.consistency import Check, consistency, evaluated, experiment_of
 from dpnb.experiments import Experiment
 from dpnb.models import functional, pretrained
 from dpnb.update import make_model
+
+LIMITS = (
+    "note no check can show that these weights came from these steps, of this mechanism under these settings: "
+    "whoever wrote the record says so, as of the raw loss, seconds, devices and versions"
+)
+# The share of the largest logit by which the true class wins or loses where rounding may decide.
+TIE = {"float32": 1e-3, "bfloat16": 1e-2}
+MOST_TIES = 0.01  # of all images: a network that gives all classes the same is not excused
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
     """ok: everything that could be checked agrees; complete: nothing had to be left out;
-    lines: what was checked, in words."""
+    lines: what was checked, in words ("ok", "FAIL", or "--" for what could not be), `LIMITS` at the end."""
 
     ok: bool
     complete: bool
@@ -26,68 +41,159 @@ class Report:
 
 
 def verify(directory: str | pathlib.Path, *, data_dir=None, data_file=None) -> Report:
-    """Recomputes epsilon and accuracy of `directory/result.json`.
+    """Rebuilds what `directory/result.json` says from hyper-parameters, data and weights, and compares.
+
+    Privacy block and ledger are held against the mechanism, epsilons against the ledger, all of it against the
+    ledger file and the metadata of the weights where they are, the settings against the registry, and EMA
+    accuracy and loss against the weights. Accuracies agree if they differ by no more images than are near-ties,
+    which another machine may decide otherwise. Raw accuracy has no weights; the curve stands for it, as far
+    as it goes. That these weights came from these steps cannot be shown.
 
     Args:
-      directory: with `result.json` and `ema.safetensors`.
+      directory: with `result.json` and `ema.safetensors`; of a run with a secret seed the one that holds
+        `release/`, or that itself. The data of such a run are checked if `private/` lies beside it.
       data_dir, data_file: as for `dpnb.data.load`.
     Raises:
       FileNotFoundError: no such record.
-    Without the data set or the weights the ledger of the record alone is checked, and the report says so
+    Without the data set or the weights the record alone is checked, and the report says so
     (`dpnb verify` then ends with exit status 3).
     """
-    directory = pathlib.Path(directory)
-    own = directory / "photographs"  # digits that a notebook wrote as JPEG files
-    data_dir = own if data_dir is None and own.is_dir() else data_dir
-    r = json.loads((directory / "result.json").read_text())
-    checks = []
-    for accountant in ("pld", "rdp"):
-        said = r["privacy"][f"epsilon_{accountant}"]
-        found = results.recompute_epsilon(r["ledger"], r["privacy"]["delta"], accountant)
-        agree = found == said or (None not in (found, said) and abs(found - said) <= 1e-3 * said)
-        checks.append((agree, f"epsilon ({accountant.upper()}) {said}, from the ledger {found}"))
-    p, charged = r["privacy"], privacy.counts_from_json(r["ledger"])
-    stated = privacy.Mechanism(p["noise_multiplier"], p["sampling_probability"], p["sampler"])
-    # A step that was charged twice is in the ledger twice.
-    agree = set(charged) == {stated} and charged[stated] >= p["steps"] and p["epsilon_is"] == stated.claim
-    checks.append((agree, f"{p['steps']} steps of {stated}, {p['epsilon_is']}; the ledger has {charged}"))
-    hyper = {k: v for k, v in r["hyper_parameters"].items() if v is not None}
-    experiment = Experiment(**{**hyper, "epsilon": hyper.get("epsilon", float("inf"))})
+    directory, private = places(pathlib.Path(directory))
+    record = json.loads((directory / release.RECORD).read_text())
+    checks = consistency(record, directory)
+    try:
+        experiment, recorded = experiment_of(record), record["data"]["fingerprint"]
+        name, note = record["data"]["name"], record["data"]["note"]
+    except (AttributeError, KeyError, TypeError, ValueError):  # which `consistency` has said
+        return report(checks)
+    own = private / "photographs"  # digits that a notebook wrote as JPEG files
     try:
         found = data.load(
-            r["data"]["name"],
-            data_dir=data_dir,
+            name,
+            data_dir=own if data_dir is None and own.is_dir() else data_dir,
             file=data_file,
             validation=experiment.validation,
             image_size=experiment.image_size,
         )
-        if not (directory / "ema.safetensors").is_file():
-            raise FileNotFoundError("this record comes without its weights, ema.safetensors")
-        weights = load_file(directory / "ema.safetensors")
-        if r.get("pretrained"):
-            began = pretrained.used(experiment)["sha256"]
-            checks.append((began == r["pretrained"]["sha256"], f"began with the weights {began[:16]}"))
+        if began := pretrained.used(experiment):
+            said = (record.get("pretrained") or {}).get("sha256")
+            checks.append((began["sha256"] == said, f"began with the weights {began['sha256'][:16]}"))
         fingerprint = features.fingerprint(experiment, found)
     except (data.DataError, OSError, KeyError, ValueError) as error:
-        return report(checks, f"--   accuracy and data were not checked: {error}")
-    recorded = r["data"]["fingerprint"]
-    same = fingerprint == recorded
-    note = f" (of images with the note: {r['data']['note']})" if r["data"]["note"] and not same else ""
-    said = f"data fingerprint {fingerprint[:16]}, recorded {recorded[:16]}"
-    found = features.prepare(experiment, found)
-    params, apply = functional(make_model(experiment, len(found.classes), 0))
-    accuracy = make_evaluate(apply, recipe=found.recipe)(unflatten(weights, params), found.test).accuracy
-    close = abs(accuracy - r["accuracy"]["ema"]) <= 100 * 3 / len(found.test)  # ties may fall otherwise
-    checks.append((same, said + note))
-    said = f"EMA accuracy {r['accuracy']['ema']:.2f} %, from the weights {accuracy:.2f} %"
-    checks.append((close, said))
+        return report([*checks, (None, f"accuracy and data were not checked: {error}")])
+    checks.append(_sizes(record, found))
+    checks.append(_fingerprint(fingerprint, recorded, private, note))
+    try:
+        checks += _accuracy(record, experiment, found, directory / "ema.safetensors")
+    except FileNotFoundError:
+        checks.append(
+            (None, "accuracy was not checked: this record comes without its weights, ema.safetensors")
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        checks.append((False, f"weights: {error}"))
     return report(checks)
 
 
-def report(checks: list[tuple[bool, str]], left_out: str = "") -> Report:
-    """Checks (does it agree, what was compared), and a line on what could not be checked, "" for nothing."""
-    lines = [f"{'ok  ' if ok else 'FAIL'} {text}" for ok, text in checks]
-    return Report(all(ok for ok, _ in checks), not left_out, lines + [left_out] * bool(left_out))
+def places(directory: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
+    """Where the record is, and where the run keeps what it does not publish (with a published seed: there too)."""
+    for secret in ("release", "private"):
+        if not (directory / release.RECORD).is_file() and (directory / secret / release.RECORD).is_file():
+            directory = directory / secret
+    return directory, directory.parent / "private" if directory.name == "release" else directory
+
+
+def _sizes(record: dict[str, Any], found: data.Dataset) -> Check:
+    said = record["data"]["training_examples"], evaluated(record)
+    got = len(found.train), len(found.test)
+    return (
+        said == got,
+        f"data: {said[0]} training and {said[1]} evaluation images, loaded {got[0]} and {got[1]}",
+    )
+
+
+def _fingerprint(fingerprint: str, recorded: str, private: pathlib.Path, note: str) -> Check:
+    """A secret run names its data by a keyed hash, which only those who have its seed can recompute."""
+    if recorded.startswith("keyed "):
+        if not (private / "seed.secret").is_file():
+            return (
+                None,
+                "data: the fingerprint is keyed with the run's secret seed, only its owner can check it",
+            )
+        fingerprint = release.keyed(fingerprint, run_seed(private, None)[0])
+    same = fingerprint == recorded
+    note = f" (of images with the note: {note})" if note and not same else ""
+    return same, f"data fingerprint {fingerprint[:16]}, recorded {recorded[:16]}{note}"
+
+
+def _accuracy(record, experiment: Experiment, found: data.Dataset, weights: pathlib.Path) -> list[Check]:
+    arrays = load_file(weights)
+    found = features.prepare(experiment, found)
+    params, apply = functional(make_model(experiment, len(found.classes), 0))
+    m = measure(apply, unflatten(arrays, params), found.test, found.recipe, TIE[experiment.compute_dtype])
+    n, ema, loss = len(found.test), record["accuracy"]["ema"], record["loss"]["ema"]
+    within = max(1, min(m.ties, int(MOST_TIES * n)))
+    text = f"EMA accuracy {ema:.2f} %, from the weights {100 * m.right / n:.2f} % of {n} images"
+    text += f" (within {within}: near-ties)"
+    return [
+        (abs(ema * n / 100 - m.right) <= within + 1e-6 * n, text),
+        (
+            _same_loss(loss, m.loss),
+            f"EMA loss {loss}, from the weights {m.loss:.6g} (within one in a hundred)",
+        ),
+    ]
+
+
+def _same_loss(said: float | None, found: float) -> bool:
+    """What is not finite is null in JSON."""
+    if said is None or not np.isfinite(found):
+        return said is None and not np.isfinite(found)
+    return abs(said - found) <= 0.01 * found + 1e-4
+
+
+class Measured(NamedTuple):
+    """Images that are classified rightly; near-ties: those where rounding may decide; mean loss in nats."""
+
+    right: int
+    ties: int
+    loss: float
+
+
+def measure(apply: Callable, params, split, recipe: Recipe, tie: float, batch_size: int = 250) -> Measured:
+    """As `dpnb.evaluation.make_evaluate`, and how many images are near-ties.
+
+    Args:
+      apply: `(params, inputs float [batch, ...]) -> logits [batch, classes]`.
+      tie: a near-tie is an image whose true class wins or loses by less than this share of its largest logit.
+    """
+
+    @jax.jit
+    def forward(images, labels):
+        logits = apply(params, plain(images, recipe)).astype(jnp.float32)
+        known = jnp.maximum(labels, 0)
+        true = jnp.take_along_axis(logits, known[:, None], 1)[:, 0]
+        others = jnp.where(jax.nn.one_hot(known, logits.shape[1], dtype=bool), -jnp.inf, logits).max(1)
+        near = jnp.abs(true - others) < tie * jnp.abs(logits).max(1)
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, known)
+        readable = labels >= 0
+        right = readable & (logits.argmax(-1) == labels)
+        return right, near & readable, loss, readable
+
+    parts = []
+    for images, labels in split.batches(batch_size):
+        padding = batch_size - len(labels)  # one compilation
+        images = np.pad(images, [(0, padding)] + [(0, 0)] * (images.ndim - 1))
+        made = forward(images, np.pad(labels, (0, padding)).astype(np.int32))
+        parts.append([np.asarray(x)[: len(labels)] for x in made])
+    right, near, loss, readable = map(np.concatenate, zip(*parts, strict=True))
+    return Measured(int(right.sum()), int(near.sum()), float(loss[readable].mean()))
+
+
+def report(checks: list[Check]) -> Report:
+    """The report on checks (does it agree or None, what was compared)."""
+    sign = {True: "ok  ", False: "FAIL", None: "--  "}
+    lines = [f"{sign[agrees]} {text}" for agrees, text in checks]
+    known = [agrees for agrees, _ in checks]
+    return Report(False not in known, None not in known, [*lines, LIMITS])
 
 
 def unflatten(arrays: dict[str, np.ndarray], like, prefix: str = ""):

@@ -104,12 +104,13 @@ def linear(*_):
 def tiny() -> types.SimpleNamespace:
     """Six private updates on `bands` with a secret seed, and what `results.save` wrote about them.
 
-    `secrets`: the seeds that training derived from the secret one.
+    `result` is the full record, `released` what may be published, `secrets` are the seeds that training derived
+    from the secret one.
     """
     import jax
     import pytest
 
-    from dpnb import data, replay, results, training
+    from dpnb import data, release, replay, results, training
     from dpnb.experiments import Experiment
 
     experiment = Experiment(
@@ -122,7 +123,59 @@ def tiny() -> types.SimpleNamespace:
     derive, derived = training.derived_seed, []
     with pytest.MonkeyPatch.context() as patch:
         for module in (training, replay):
-            patch.setattr(module, "derived_seed", lambda *given: derived.append(derive(*given)) or derived[-1])
+            patch.setattr(
+                module, "derived_seed", lambda *given: derived.append(derive(*given)) or derived[-1]
+            )
         run = training.train(experiment, bands(), out, model=linear(), devices=jax.devices()[:1])
-    result = results.save(run, bands(), out)
-    return types.SimpleNamespace(run=run, result=result, out=out, file=file, secrets=derived)
+    released = results.save(run, bands(), out)
+    (result,) = results.load(out, release.FULL_RECORD)
+    return types.SimpleNamespace(
+        run=run, result=result, released=released, out=out, file=file, secrets=derived
+    )
+
+
+# Calibrated noise multipliers of the cells that tests make records of.
+SIGMA = {
+    ("cifar10/wrn-40-4/eps8", "paper"): 2.32890005274826,
+    ("cifar10/wrn-40-4/eps8", "smoke"): 0.48137176028006606,
+    ("cifar10/wrn-16-4/eps8", "paper"): 2.5607536617322397,
+    ("cifar10/wrn-16-4/eps8", "teach"): 0.6551231922322245,
+    ("cifar10/scatter-linear/eps1", "paper"): 11.78666977244791,
+    ("cifar10/scatter-linear/eps3", "paper"): 4.480065180472226,
+}
+
+
+def record_of(name: str, preset: str, accuracy: float = 60.0, seed: int | None = 0, **changes) -> dict:
+    """The record that a run of a cell of CIFAR-10 would leave: whole and consistent, but nothing was trained.
+
+    changes: to hyper-parameters, which make it another experiment.
+    """
+    import copy
+
+    from dpnb import experiments
+
+    made = copy.deepcopy(
+        _record(experiments.get(name, preset, **{"noise_multiplier": SIGMA[name, preset], **changes}))
+    )
+    made["seed"] = made["hyper_parameters"]["seed"] = seed
+    made["privacy"]["seed_published"] = seed is not None
+    made["accuracy"] = {"raw": accuracy, "ema": accuracy}
+    made["curve"][-1].update(raw_accuracy=accuracy, ema_accuracy=accuracy)
+    return made
+
+
+@functools.cache
+def _record(experiment) -> dict:
+    from dpnb import results
+    from dpnb.training import Run
+
+    evaluated = types.SimpleNamespace(accuracy=60.0, loss=1.0)
+    data = types.SimpleNamespace(
+        name="cifar10", train=range(50_000), test=range(10_000), fingerprint="0" * 64, note="made up"
+    )
+    run = Run(
+        experiment=experiment, params={}, ema_params={}, history=[{"step": experiment.steps}], raw=evaluated, ema=evaluated,
+        events=[{**vars(experiment.mechanism(50_000)), "steps": experiment.steps}], steps=experiment.steps, seconds=60.0,
+        devices="1 x cpu, jax 0", public=None, stopped="",
+    )  # fmt: skip
+    return results.record(run, data)

@@ -17,7 +17,7 @@ from scipy import stats
 from dpnb import audit, privacy, update
 from dpnb.clipping import ClippedGrad
 from dpnb.data import Dataset, Split
-from dpnb.noise import add_noise
+from dpnb.noise import GridNoise, grid_bits
 
 RUNS, SIGMA, Q, DELTA, CANARY, N = 3000, 1.0, 0.5, 1e-2, 0, 8
 STATED = privacy.epsilon(privacy.Mechanism(SIGMA, Q), 1, DELTA)
@@ -71,23 +71,35 @@ def measured(trainer, **how) -> float:
 
 
 def no_clipping(patch):
-    patch.setattr(ClippedGrad, "_factor", lambda self, norms: 1 / self.clip_norm + 0 * norms)
+    patch.setattr(ClippedGrad, "_factor", lambda self, norms: 2**self.grid_bits / self.clip_norm + 0 * norms)
 
 
-def noise_times(patch, factor: float):
-    patch.setattr(update, "add_noise", lambda total, key, std: add_noise(total, key, factor * std))
+@dataclasses.dataclass(frozen=True)
+class Times:
+    """Noise of another scale; `always`: the seed whose first noise is drawn at every step, or None."""
+
+    sound: GridNoise
+    factor: float = 1.0
+    always: int | None = None
+    seed: int = 0
+
+    def __call__(self, step):
+        seed, step = (self.seed, step) if self.always is None else (self.always, 0)
+        drawn = dataclasses.replace(self.sound, seed=seed)(step)
+        return jax.tree.map(lambda x: np.round(x * self.factor).astype(np.int32), drawn)
+
+
+def noise_times(trainer, factor: float) -> update.Trainer:
+    return dataclasses.replace(trainer, noise=Times(trainer.noise, factor))
 
 
 def with_update(trainer, change) -> update.Trainer:
-    return dataclasses.replace(trainer, update=lambda state, totals: change(trainer.update, state, totals))
+    sound = trainer.update
+    return dataclasses.replace(trainer, update=lambda *given: change(sound, *given))
 
 
-def always_the_same_key(update_, state, totals):
-    return update_(state._replace(key=jnp.zeros(2, jnp.uint32)), totals)
-
-
-def divided_by_the_realised_batch(update_, state, totals):
-    new, seen = update_(state, totals)
+def divided_by_the_realised_batch(update_, state, totals, noise):
+    new, seen = update_(state, totals, noise)
     factor = 1 / jnp.maximum(seen.examples, 1)  # and by 1, the expected one, before
     params = jax.tree.map(lambda a, b: a + (b - a) * factor, state.params, new.params)
     return new._replace(params=params), seen
@@ -106,22 +118,21 @@ def test_missing_clipping_is_caught(monkeypatch):
     assert measured(one_canary()) > STATED
 
 
-def test_half_the_noise_is_caught(monkeypatch):
-    noise_times(monkeypatch, 1 / 2)
-    assert measured(one_canary()) > STATED
+def test_half_the_noise_is_caught():
+    assert measured(noise_times(one_canary(), 1 / 2)) > STATED
 
 
-def test_noise_for_the_mean_on_the_sum_is_caught(monkeypatch):
+def test_noise_for_the_mean_on_the_sum_is_caught():
     """Divided by the expected batch size of 4 once too often."""
-    noise_times(monkeypatch, 1 / 4)
-    broken = one_canary(learning_rate=1.0)
+    broken = noise_times(one_canary(learning_rate=1.0), 1 / 4)
     moved = audit.moves(broken, 20, 1, range(N))  # nobody is in: all noise
     assert np.std(moved) == pytest.approx(SIGMA / 4 / 4, rel=0.05)  # 8 standard deviations
     assert measured(broken) > STATED
 
 
-def test_a_key_that_is_used_again_is_caught():
-    assert measured(with_update(one_canary(), always_the_same_key)) > STATED
+def test_noise_that_is_used_again_is_caught():
+    trainer = one_canary()
+    assert measured(dataclasses.replace(trainer, noise=Times(trainer.noise, always=0))) > STATED
 
 
 def test_dividing_by_the_realised_batch_size_is_caught_by_the_length_of_the_update():
@@ -178,9 +189,97 @@ def test_one_run_catches_missing_clipping(monkeypatch):
     assert one_run(many_canaries(noise_multiplier=ONE_RUN_SIGMA)) > ONE_RUN_STATED
 
 
-def test_one_run_catches_an_eighth_of_the_noise(monkeypatch):
-    noise_times(monkeypatch, 1 / 8)
-    assert one_run(many_canaries(noise_multiplier=ONE_RUN_SIGMA)) > ONE_RUN_STATED
+def test_one_run_catches_an_eighth_of_the_noise():
+    assert one_run(noise_times(many_canaries(noise_multiplier=ONE_RUN_SIGMA), 1 / 8)) > ONE_RUN_STATED
+
+
+# The values that noise can reach, in two worlds of 600 runs. One example moves each of 8,192 coordinates.
+
+MANY, LOW_DELTA = 8192, 1e-5
+SHIFT = np.full(MANY, MANY**-0.5, np.float32)  # a clip norm in all
+
+
+def reached(release) -> audit.Bound:
+    bound = audit.two_worlds_bound(*audit.reachable_values(release, SHIFT, 600, 2**21), delta=LOW_DELTA)
+    print(bound)
+    return bound
+
+
+def stated(sigma: float) -> float:
+    return privacy.epsilon(privacy.Mechanism(sigma, 1.0), 1, LOW_DELTA)
+
+
+def float_noise(sigma: float):
+    """As usual, and broken: what most libraries draw, float32 from JAX."""
+    return jax.jit(lambda total, seed: total + sigma * jax.random.normal(jax.random.key(seed), total.shape))
+
+
+def float_parameters(sigma: float, rate: float, batch: int):
+    """Weights of 0.05 after one update of SGD with it."""
+    noisy = float_noise(sigma)
+    return jax.jit(lambda total, seed: jnp.float32(0.05) - rate / batch * noisy(total, seed))
+
+
+def grid_noise(sigma: float, batch: int):
+    """A noisy sum as the update has it: integers, and floats made of them."""
+    bits = grid_bits(sigma, batch)
+    noise = GridNoise(0, sigma, bits, np.zeros(MANY))
+
+    def release(total, seed):
+        integers = np.trunc(total * 2.0**bits).astype(np.int32) + dataclasses.replace(noise, seed=seed)(0)
+        return integers.astype(np.float32) * np.float32(2.0**-bits)
+
+    return release
+
+
+class Flat(nnx.Module):
+    """A vector of weights of 0.05."""
+
+    def __init__(self):
+        self.kernel = nnx.Param(jnp.full(MANY, 0.05))
+
+    def __call__(self, images):
+        return images[:, 0, :4, 0] * self.kernel[:4]
+
+
+def grid_parameters(sigma: float, rate: float, batch: int):
+    """Parameters after one update by the trainer."""
+    experiment = tiny.experiment(
+        noise_multiplier=sigma, expected_batch_size=batch, learning_rate=rate, epsilon=1e3
+    )
+    made = update.make_trainer(experiment, tiny.data(batch), seed=0, model=Flat(), devices=jax.devices()[:1])
+
+    def release(total, seed):
+        totals = made.zero()._replace(
+            gradient={"kernel": np.trunc(total / made.grad.unit).astype(np.int32)[None]}
+        )
+        noise = update.draw_noise(update.reseeded(made, seed)[0], 0)
+        return np.asarray(made.update(made.state, totals, noise)[0].params["kernel"])
+
+    return release
+
+
+BROKEN = {"one sum": (float_noise, 100.0), "parameters": (float_parameters, 10.0, 2.0, 4096)}
+SOUND = {
+    "one sum": (grid_noise, 100.0, 4096),
+    "a small batch": (grid_noise, 10.0, 16),
+    "a coarse grid": (grid_noise, 30.0, 2**24),
+    "parameters": (grid_parameters, 10.0, 0.05, 64),
+    "parameters, much noise": (grid_parameters, 100.0, 0.01, 64),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN.values(), ids=BROKEN)
+def test_float_noise_betrays_the_total(how):
+    """At least 3, where 0.03 and 0.34 would be stated."""
+    make, sigma, *more = how
+    assert reached(make(sigma, *more)).epsilon > 3 > 8 * stated(sigma)
+
+
+@pytest.mark.parametrize("how", SOUND.values(), ids=SOUND)
+def test_noise_on_the_grid_does_not(how):
+    make, sigma, *more = how
+    assert reached(make(sigma, *more)).epsilon <= stated(sigma)
 
 
 # The bounds, on mechanisms whose epsilon is known.
@@ -266,8 +365,38 @@ def test_a_bound_says_what_it_rests_on():
     bound = audit.two_worlds_bound(np.zeros(100), np.ones(100), delta=0.01)
     assert str(bound) == (
         f"epsilon >= {bound.epsilon:.3f} at delta = 0.01, 99 % confidence "
-        '("with" guessed rightly 50 of 50 times, wrongly 0 of 50)'
+        f'("with" guessed rightly 50 of 50 times, wrongly 0 of 50; {bound.epsilon:.3f} at most could be shown)'
     )
+
+
+def test_no_attack_shows_more_than_its_runs_allow():
+    """A perfect attack shows just that, all others less; and `runs_needed` is the first number that is enough."""
+    perfect = audit.two_worlds_bound(np.zeros(100), np.ones(100), delta=0.01)
+    assert perfect.epsilon == perfect.most == audit.reach(100, 0.01)
+    assert audit.two_worlds_bound(np.zeros(100), np.ones(40), delta=0.01).most == audit.reach(40, 0.01)
+    assert audit.two_worlds_bound(*np.zeros((2, 100)), delta=0.01).most == perfect.most
+    for epsilon in (0.1, 1.0, 3.0, 8.0):
+        runs = audit.runs_needed(epsilon, 1e-5)
+        assert audit.reach(runs - 1, 1e-5) <= epsilon < audit.reach(runs, 1e-5)
+    one_run = audit.one_run_bound([True] * 30, range(30), high=20, delta=0.0)
+    assert one_run.epsilon == one_run.most == pytest.approx(np.log(0.01 ** (1 / 20) / (1 - 0.01 ** (1 / 20))))
+    coins = [True, False] * 15
+    assert audit.one_run_bound(coins, range(30), high=20, delta=0.0).most == one_run.most
+
+
+@pytest.mark.parametrize("stated, said", [
+    (1.0, "broken: epsilon is above the stated 1.000, but for a chance of 0.01"),
+    (2.0, "no objection to the stated 2.000, where up to 5.000 could have been shown"),
+    (5.0, "cannot tell: 5.000 at most could be shown, and 5.000 is stated; more runs or"),
+])  # fmt: skip
+def test_a_verdict_says_where_it_cannot_tell(stated, said):
+    assert audit.Bound(1.5, 0.0, 0.99, "", 5.0).verdict(stated).startswith(said)
+
+
+def test_our_own_audits_could_show_the_epsilon_that_they_judge():
+    assert audit.reach(RUNS, DELTA) > 2 * STATED and audit.reach(600, LOW_DELTA) > 8 * stated(10.0)
+    judged = audit.one_run_bound([True] * 192, range(192), high=24, low=24, delta=1e-4)
+    assert judged.most > ONE_RUN_STATED
 
 
 @pytest.mark.parametrize("arguments, said", [

@@ -7,9 +7,12 @@ import json
 import math
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
+from scipy import fft
+from scipy.special import log_ndtr
 
 from dpnb import privacy
 from dpnb.privacy import (
@@ -102,6 +105,8 @@ class TestPublishedNumbers:
     def test_low_noise(self):
         # an order that does not converge is left out, which is safe; a user's log prints 7.5038
         assert epsilon(Mechanism(0.7, Q), 18, DELTA, "rdp") == pytest.approx(7.5076, abs=1e-4)
+        # the least noise on record is PLD's still
+        assert epsilon(Mechanism(0.1875, 0.00512), 77, DELTA, "pld") == pytest.approx(60.4930, abs=1e-4)
 
     @pytest.mark.parametrize("target, sigma, steps, rdp_steps, rdp_sigma, pld_steps, pld_sigma", TABLE)
     def test_calibration(self, target, sigma, steps, rdp_steps, rdp_sigma, pld_steps, pld_sigma):
@@ -147,6 +152,140 @@ class TestClosedForms:
     def test_pld_is_the_tighter_one(self, sigma, q, steps):
         rdp, pld = [epsilon(Mechanism(sigma, q), steps, DELTA, kind) for kind in ("rdp", "pld")]
         assert 0.7 * rdp < pld < rdp
+
+
+def gaussian_log_delta(sigma, steps, e):
+    """Exact, without sampling, with the relative accuracy of float64 however small delta is."""
+    s = sigma / math.sqrt(steps)
+    upper, lower = log_ndtr(0.5 / s - e * s), e + log_ndtr(-0.5 / s - e * s)
+    return upper + math.log(-math.expm1(lower - upper))
+
+
+def tilted_delta(sigma, q, steps, e):
+    """Delta of PLD's own grid, to about 1e-10 relative: composed after multiplying every probability with
+    exp(t loss) for the t that has its mean at e, so that the transform is exact where it counts."""
+    from dp_accounting.pld import privacy_loss_distribution as pld
+
+    step = privacy.PLD_INTERVAL
+    one = pld.from_gaussian_mechanism(sigma, value_discretization_interval=step, sampling_prob=q)
+    deltas = []
+    for pmf in (one._pmf_remove.to_dense_pmf(), one._pmf_add.to_dense_pmf()):
+        loss = (np.arange(pmf.size) + pmf._lower_loss) * step
+        log_p = np.log(pmf._probs, out=np.full(pmf.size, -np.inf), where=pmf._probs > 0)
+
+        def tilt(t):
+            weights = np.exp(t * loss + log_p - (t * loss + log_p).max())
+            return weights / weights.sum()
+
+        low, high = 0.0, 200 / loss[-1]
+        for _ in range(60):
+            t = (low + high) / 2
+            low, high = (t, high) if tilt(t) @ loss < e / steps else (low, t)
+        weights = tilt(low)
+        mean = weights @ loss
+        width = 14 * math.sqrt(steps * (weights @ (loss - mean) ** 2)) + 2 * (loss[-1] - loss[0])
+        size = fft.next_fast_len(int(2 * width / step))
+        composed = fft.ifft(fft.fft(weights, size) ** steps).real
+        at = round(steps * (mean / step - pmf._lower_loss)) - size // 2 + np.arange(size)
+        losses = (at + steps * pmf._lower_loss) * step
+        log_moment = np.logaddexp.reduce(low * loss + log_p)
+        beyond = losses > e
+        p = composed[at % size][beyond] * np.exp(steps * log_moment - low * losses[beyond])
+        deltas.append(-np.expm1(e - losses[beyond]) @ p)
+    return max(deltas)
+
+
+class TestSmallDeltas:
+    """An epsilon is an upper bound, or it is refused."""
+
+    @pytest.mark.parametrize("accountant", privacy.ACCOUNTANTS)
+    @pytest.mark.parametrize(
+        "sigma, steps", [(0.5, 1), (1.0, 1000), (30.0, 900), (100.0, 10_000), (300.0, 100_000)]
+    )
+    def test_closed_form(self, accountant, sigma, steps):
+        refused = []
+        for delta in (1e-3, 1e-5, 1e-8, 1e-10, 1e-11, 1e-12, 1e-13, 1e-15, 1e-18):
+            try:
+                stated = epsilon(Mechanism(sigma, 1.0), steps, delta, accountant)
+            except privacy.DeltaTooSmall:
+                refused.append(delta)
+                continue
+            assert gaussian_log_delta(sigma, steps, stated) <= math.log(delta) + 1e-11
+            if accountant == "pld":  # and a tight one
+                assert not refused and gaussian_log_delta(sigma, steps, stated * 0.98) > math.log(delta)
+        assert (1e-18 in refused and 1e-8 not in refused) if accountant == "pld" else not refused
+
+    @pytest.mark.parametrize(
+        "sigma, q, steps", [(10.0, Q, 875), (2.5, 0.0129, 71_589), (100.0, 1.0, 10_000), (1.0, 0.01, 1)]
+    )
+    def test_the_smallest_delta_that_is_not_refused(self, sigma, q, steps):
+        smallest = 2 * privacy._pld_rounding(steps, 1)
+        stated = epsilon(Mechanism(sigma, q), steps, smallest)
+        assert 0.3 * smallest < tilted_delta(sigma, q, steps, stated) <= smallest
+        with pytest.raises(privacy.DeltaTooSmall, match=f"at least {smallest:.2g} .*rdp"):
+            epsilon(Mechanism(sigma, q), steps, smallest * 0.99)
+
+    def test_refused_wherever_it_is_asked_for(self):
+        m, budget = Mechanism(10.0, 0.1), PrivacyBudget(8.0, 1e-15)
+        other = {Mechanism(9.0, 0.1): 5}
+        for ask in (
+            lambda: epsilon(m, 60, 1e-15),
+            lambda: epsilon(compose({m: 30, **other}), 2, 1e-15),
+            lambda: epsilon_curve(m, [1, 60], 1e-15),
+            lambda: calibrate_noise(budget, 0.1, 60),
+            lambda: calibrate_steps(budget, 0.1, 10.0),
+            lambda: affordable_steps(budget, m, "pld", other),
+        ):
+            with pytest.raises(privacy.DeltaTooSmall, match='delta must be at least .*"rdp"'):
+                ask()
+        sigma = calibrate_noise(budget, 0.1, 60, "rdp")
+        assert sigma < 10 and epsilon(Mechanism(sigma, 0.1), 60, 1e-15, "rdp") <= 8.0
+
+    def test_steps_end_where_nothing_can_be_proven(self):
+        m, budget = Mechanism(1e4, 0.1), PrivacyBudget(8.0, 1e-11)
+        n = affordable_steps(budget, m)
+        assert epsilon(m, n, 1e-11) < 1 and affordable_steps(budget, m, "rdp") == privacy.MOST_STEPS
+        with pytest.raises(privacy.DeltaTooSmall):
+            epsilon(m, n + 1, 1e-11)
+
+    def test_a_divergence_that_is_lost_in_rounding_is_not_none(self):
+        """n steps of next to nothing: their total variation is 1e-7, above delta, so epsilon is not 0."""
+        m, n = Mechanism(1e5, 1e-5), 10**7
+        mu = m.sampling_probability * math.sqrt(n) / m.noise_multiplier
+        assert math.erf(mu / math.sqrt(8)) > 1e-7
+        assert epsilon(m, n, 1e-10, "rdp") > gaussian_epsilon(1 / mu, 1, 1e-10) > 0
+
+
+class TestCost:
+    """Where PLD would take minutes and gigabytes, RDP answers."""
+
+    COSTLY = ((0.1, 0.5, 1000), (0.1, 1e-4, 1), (1.0, 1.0, 10_000), (1.0, 0.01, 10**9), (100.0, 1.0, 10**7))
+
+    def test_the_cheap_one_is_asked_first(self, monkeypatch):
+        monkeypatch.setattr(privacy, "_pld_epsilon", lambda *_: pytest.fail("PLD was asked"))
+        for sigma, q, steps in self.COSTLY:
+            m = Mechanism(sigma, q)
+            rdp = epsilon(m, steps, DELTA, "rdp")
+            assert epsilon(m, steps, DELTA) == epsilon(compose({m: steps}), 1, DELTA) == rdp < math.inf
+            if sigma == 0.1 and q == 0.5:
+                assert affordable_steps(PrivacyBudget(8.0, DELTA), m) == 0
+        assert epsilon(compose({Mechanism(0.0, Q): 1, Mechanism(4.0, Q): 9}), 1, DELTA) == math.inf
+
+    def test_searches_do_not_leave_the_budget(self, monkeypatch):
+        asked, real = [], privacy._pld_epsilon
+        monkeypatch.setattr(privacy, "_pld_epsilon", lambda *a: asked.append(real(*a)) or asked[-1])
+        sigma = calibrate_noise(PrivacyBudget(3.0, 2e-6), Q, 321)
+        calibrate_steps(PrivacyBudget(3.0, 2e-6), Q, sigma)
+        affordable_steps(PrivacyBudget(0.5, 2e-6), Mechanism(0.5, Q))  # not one fits
+        assert len(asked) < 40 and max(asked) < 20
+
+
+def test_a_large_delta_is_warned_of():
+    with pytest.warns(UserWarning, match=r"below 1/n = 0.001 for 1000 training examples, got 0.001"):
+        privacy.warn_if_delta_is_large(1e-3, 1000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        privacy.warn_if_delta_is_large(0.99e-3, 1000)
 
 
 @pytest.mark.parametrize("accountant", privacy.ACCOUNTANTS)

@@ -1,7 +1,6 @@
 """Records describe themselves, hide the secret seed, and can be checked from their own files."""
 
 import copy
-import dataclasses
 import json
 import math
 import shutil
@@ -12,7 +11,7 @@ import pytest
 import shared_runs
 from safetensors.numpy import load_file, save_file
 
-from dpnb import data, experiments, privacy, results, verification
+from dpnb import consistency, data, experiments, privacy, results, verification
 
 
 @pytest.fixture(scope="module")
@@ -22,16 +21,17 @@ def tiny():
 
 @pytest.fixture
 def verify(tiny, tmp_path, monkeypatch):
-    """`verify(change)`: the report on a copy of the record after `change(directory, record)`."""
+    """`verify(change)`: the report on a copy of the record after `change(directory, record)`; `owner`: with private/."""
     monkeypatch.setattr(verification, "make_model", shared_runs.linear)
 
-    def verify(change=lambda directory, record: None, file=tiny.file):
+    def verify(change=lambda directory, record: None, file=tiny.file, owner=True):
         copied = tmp_path / "record"
         shutil.copytree(tiny.out, copied)
-        record = json.loads((copied / "result.json").read_text())
-        change(copied, record)
-        (copied / "result.json").write_text(json.dumps(record))
-        return verification.verify(copied, data_file=file)
+        released = copied / "release"
+        record = json.loads((released / "result.json").read_text())
+        change(released, record)
+        (released / "result.json").write_text(json.dumps(record))
+        return verification.verify(copied if owner else shutil.move(released, tmp_path / "x"), data_file=file)
 
     return verify
 
@@ -44,9 +44,9 @@ def test_round_trip_through_strict_json(tiny):
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
 
-    text = (tiny.out / "result.json").read_text()
-    assert json.loads(text, parse_constant=refuse) == tiny.result
-    assert not list(tiny.out.glob("*.partial"))
+    for name, record in (("release/result.json", tiny.released), ("private/full-result.json", tiny.result)):
+        assert json.loads((tiny.out / name).read_text(), parse_constant=refuse) == record
+    assert not list(tiny.out.rglob("*.partial"))
 
 
 def test_every_item_is_there(tiny):
@@ -86,10 +86,10 @@ def test_the_run_learnt_something(tiny):
 
 def test_secret_seed_is_in_no_output(tiny):
     """The file that resuming needs has it, readable by its owner only; records, ledger and weights do not."""
-    secret = tiny.out / "seed.secret"
+    secret = tiny.out / "private" / "seed.secret"
     assert secret.stat().st_mode & 0o077 == 0
     seeds = [json.loads(secret.read_text())["seed"], *tiny.secrets]
-    assert len(seeds) == 2 and min(seeds) > 1000
+    assert len(seeds) > 2 and min(seeds) > 1000
     texts = [text for seed in seeds for text in (str(seed), f"{seed:x}")]
     others = [p for p in tiny.out.rglob("*") if p.is_file() and p != secret]
     assert {"result.json", "ledger.jsonl", "ema.safetensors"} <= {p.name for p in others}
@@ -113,7 +113,7 @@ def test_statement_and_row_state_epsilon_with_its_terms(tiny):
         for term in ("PLD", "RDP", "sigma", "q ", "delta", "poisson", "valid", privacy.NEIGHBOURS):
             assert term in text, term
     assert "made up" in results.statement(tiny.result)
-    assert (tiny.out / "privacy.md").read_text() == results.statement(tiny.result) + "\n"
+    assert (tiny.out / "release" / "privacy.md").read_text() == results.statement(tiny.released) + "\n"
     public = {"weights": "wrn", "sha256": "0", "saw": "ImageNet at 32x32"}
     assert "pre-trained on ImageNet at 32x32" in results.statement({**tiny.result, "pretrained": public})
 
@@ -151,7 +151,15 @@ def test_flatten_is_inverted(tiny):
 
 def test_an_honest_record_passes(verify):
     report = verify()
-    assert report.ok and len(report.lines) == 5 and not failed(report)
+    assert report.ok and report.complete and not failed(report), report.lines
+
+
+def test_who_lacks_the_secret_cannot_check_the_data(verify):
+    report = verify(owner=False)
+    assert report.ok and not report.complete and not failed(report)
+    (line,) = [line for line in report.lines if line.startswith("--")]
+    assert "keyed with the run's secret seed" in line
+    assert any(line.startswith("ok   EMA accuracy") for line in report.lines)
 
 
 @pytest.mark.parametrize("accountant", ["pld", "rdp"])
@@ -168,7 +176,7 @@ def test_tampered_ledger(verify):
         record["ledger"][0]["steps"] -= 1
 
     report = verify(change)
-    assert not report.ok and len(failed(report)) == 3
+    assert not report.ok and len(failed(report)) == 4  # two epsilons, the record's ledger, and the file's
 
 
 def test_tampered_weights(verify):
@@ -178,7 +186,10 @@ def test_tampered_weights(verify):
         save_file(weights, directory / "ema.safetensors")
 
     report = verify(change)
-    assert not report.ok and ["accuracy" in line for line in failed(report)] == [True]
+    assert not report.ok and [line.split()[1:3] for line in failed(report)] == [
+        ["EMA", "accuracy"],
+        ["EMA", "loss"],
+    ]
 
 
 def test_tampered_accuracy(verify):
@@ -186,7 +197,8 @@ def test_tampered_accuracy(verify):
         record["accuracy"]["ema"] -= 10.0
 
     report = verify(change)
-    assert not report.ok and ["accuracy" in line for line in failed(report)] == [True]
+    assert not report.ok and len(failed(report)) == 2  # the curve says so too
+    assert all("accuracy" in line for line in failed(report))
 
 
 def test_tampered_data(verify, tmp_path):
@@ -199,13 +211,9 @@ def test_tampered_data(verify, tmp_path):
     assert not report.ok and ["data fingerprint" in line for line in failed(report)] == [True]
 
 
-def made(tiny, name, preset, accuracy, seed=0, changes=(), **more):
+def made(name, preset, accuracy, seed=0, changes=(), **more):
     """A record of that cell; `changes` to its hyper-parameters make it another experiment."""
-    r = copy.deepcopy(tiny.result)
-    hyper = dataclasses.asdict(experiments.get(name, preset).replace(seed=seed, **dict(changes)))
-    r.update(experiment=name, preset=preset, seed=seed, hyper_parameters=hyper, **more)
-    r["accuracy"]["ema"] = accuracy
-    return r
+    return {**shared_runs.record_of(name, preset, accuracy, seed, **dict(changes)), **more}
 
 
 CELL = "cifar10/wrn-40-4/eps8"
@@ -226,10 +234,10 @@ def test_table_of_nothing_is_runnable():
     assert row(frame, "paper")["paper"] == "81.4 +- 0.2"
 
 
-def test_table_mean_spread_and_difference(tiny):
-    full = [made(tiny, CELL, "paper", 80.0 + seed, seed, seconds=120.0) for seed in range(3)]
-    stopped = made(tiny, CELL, "paper", 1.0, stopped="killed")
-    frame = results.table("cifar10/wrn-*", [*full, stopped, made(tiny, CELL, "smoke", 40.0)])
+def test_table_mean_spread_and_difference():
+    full = [made(CELL, "paper", 80.0 + seed, seed, seconds=120.0) for seed in range(3)]
+    stopped = made(CELL, "paper", 1.0, stopped="killed")
+    frame = results.table("cifar10/wrn-*", [*full, stopped, made(CELL, "smoke", 40.0)])
     paper, smoke = row(frame, "paper"), row(frame, "smoke")
     assert (paper["ours"], paper["n"], paper["difference"]) == ("81.0 +- 1.0", 3, "-0.4")
     assert (paper["minutes"], paper["status"]) == ("2.0", "reproduced")
@@ -238,52 +246,55 @@ def test_table_mean_spread_and_difference(tiny):
     assert len(frame) == 1 + len(experiments.names("cifar10/wrn-*"))
 
 
-def test_full_scale_status_is_not_always_reproduced(tiny):
+def test_full_scale_status_is_not_always_reproduced():
     """A point below the published mean still counts (re-runs spread as much), more does not."""
-    falls, just = made(tiny, CELL, "paper", 80.3), made(tiny, CELL, "paper", 80.5)
+    falls, just = made(CELL, "paper", 80.3), made(CELL, "paper", 80.5)
     e = experiments.get(CELL)
     assert row(results.table(CELL, [just]), "paper")["status"] == "reproduced"
     assert results.status(e, [just]) == "reproduced (n = 1)"
     assert row(results.table(CELL, [falls]), "paper")["status"] == "run, falls short"
     assert results.status(e, [falls]) == "run, falls short (n = 1)"
     other = "cifar10/scatter-linear/eps1"
-    unknown = made(tiny, other, "paper", 60.0)
+    unknown = made(other, "paper", 60.0)
     assert list(results.table(other, [unknown])["status"]) == ["run, nothing published"]
 
 
-def test_a_changed_run_is_not_in_the_table(tiny):
+def test_a_changed_run_is_not_in_the_table():
     """Another depth or budget is another experiment, whatever its name; a physical batch is not."""
     changed = [
-        made(tiny, CELL, "paper", 99.0, changes={"depth": 16}),
-        made(tiny, CELL, "paper", 99.0, changes={"epsilon": 9.0}),
+        made(CELL, "paper", 99.0, changes={"depth": 16}),
+        made(CELL, "paper", 99.0, changes={"epsilon": 9.0}),
+        made(CELL, "paper", 99.0, changes={"noise_multiplier": 2.5}),  # more than calibration gives
     ]
     frame = results.table(CELL, changed)
     assert (
         list(frame["status"]) == ["runnable"] and results.status(experiments.get(CELL), changed) == "runnable"
     )
-    same = made(tiny, CELL, "paper", 80.0, changes={"physical_batch_size": 7, "noise_multiplier": 2.5})
+    same = made(CELL, "paper", 80.0, changes={"physical_batch_size": 7})
     assert row(results.table(CELL, [*changed, same]), "paper")["ours"] == "80.0"
 
 
-def test_one_seed_counts_once(tiny):
+def test_one_seed_counts_once():
     """The same run, recorded in two directories; secret seeds are all different."""
-    twice = [made(tiny, CELL, "paper", 80.0, seconds=60.0), made(tiny, CELL, "paper", 80.0, seconds=60.0)]
+    twice = [made(CELL, "paper", 80.0, seconds=60.0), made(CELL, "paper", 80.0, seconds=60.0)]
     assert row(results.table(CELL, twice), "paper")["n"] == 1
     secret = [
-        made(tiny, CELL, "paper", 80.0, None, seconds=60.0),
-        made(tiny, CELL, "paper", 81.0, None, seconds=60.0),
+        made(CELL, "paper", 80.0, None, seconds=60.0),
+        made(CELL, "paper", 81.0, None, seconds=60.0),
     ]
     assert row(results.table(CELL, [*twice, *secret]), "paper")["n"] == 3
 
 
-def test_table_marks_nominal_epsilons(tiny):
-    r = made(tiny, CELL, "paper", 80.0)
-    r["privacy"]["epsilon_is"] = "nominal"
-    assert "nominal" in row(results.table(CELL, [r]), "paper")["status"]
+def test_no_row_is_nominal():
+    """All rows are of Poisson sampling: a run that shuffled is another experiment, and said not to be in it."""
+    shuffled = made(CELL, "paper", 80.0, changes={"sampler": "shuffle"})
+    assert shuffled["privacy"]["epsilon_is"] == "nominal"
+    with pytest.warns(consistency.LeftOut, match=r"sampler shuffle \(registry: poisson\)"):
+        assert row(results.table(CELL, [shuffled]), "paper")["status"] == "runnable"
 
 
-def test_markdown(tiny):
-    lines = results.markdown(results.table(CELL, [made(tiny, CELL, "paper", 80.0)])).splitlines()
+def test_markdown():
+    lines = results.markdown(results.table(CELL, [made(CELL, "paper", 80.0)])).splitlines()
     assert "| 80.0 | 1 | -1.4 |" in lines[2]  # a count is not 1.0
     assert len(lines) == 3 and {line.count("|") for line in lines} == {11} and set(lines[1]) <= set("| -")
 
@@ -324,11 +335,11 @@ def test_difference_of_means():
     assert list(results.differences(absent, pairs)["what"]) == ["b"]
 
 
-def test_difference_from_records(tiny):
+def test_difference_from_records():
     """All seeds of both cells count, not only those that both have: 80, 82 against 70, 71, 75."""
     names = "cifar10/wrn-16-4/eps8", "cifar10/wrn-40-4/eps8"
     runs = [
-        made(tiny, name, "paper", accuracy, seed)
+        made(name, "paper", accuracy, seed)
         for name, found in zip(names, ({0: 80.0, 1: 82.0}, {1: 70.0, 2: 71.0, 3: 75.0}), strict=True)
         for seed, accuracy in found.items()
     ]
@@ -363,11 +374,11 @@ def test_epsilon_spent(tiny):
     assert math.isnan(results.spent(r))  # nobody computed it
 
 
-def test_series_of_accuracy_against_epsilon(tiny):
-    runs = [made(tiny, "cifar10/scatter-linear/eps3", "paper", 66.0 + s, s) for s in range(3)]
-    runs += [made(tiny, "cifar10/scatter-linear/eps1", "paper", 59.0)]
-    runs += [made(tiny, "cifar10/wrn-16-4/eps8", "teach", 53.0)]
-    runs += [made(tiny, "cifar10/wrn-16-4/eps8", "teach", 99.0, 1, {"learning_rate": 9.0})]  # not in it
+def test_series_of_accuracy_against_epsilon():
+    runs = [made("cifar10/scatter-linear/eps3", "paper", 66.0 + s, s) for s in range(3)]
+    runs += [made("cifar10/scatter-linear/eps1", "paper", 59.0)]
+    runs += [made("cifar10/wrn-16-4/eps8", "teach", 53.0)]
+    runs += [made("cifar10/wrn-16-4/eps8", "teach", 99.0, 1, {"learning_rate": 9.0})]  # not in it
     series = results.series(runs)
     ours = {label: points for label, points in series.items() if label.startswith("ours")}
     assert ours == {

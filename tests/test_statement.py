@@ -20,6 +20,8 @@ def no_accountant(monkeypatch):
 
 class TestStatement:
     EVENTS = [{**vars(Mechanism(10.0, 4096 / 50_000)), "steps": 875}]
+    SHUFFLED = [{**vars(Mechanism(10.0, 4096 / 50_000, "shuffle")), "steps": 875}]
+    NOISELESS = [*EVENTS, {**vars(Mechanism(0.0, 0.1)), "steps": 1}]
 
     def say(self, events=None, **options):
         return privacy_statement(
@@ -39,28 +41,68 @@ class TestStatement:
         assert module._round_up(math.inf) == "infinity"
 
     def test_names_what_is_not_protected(self):
+        gaps = ("training loss", "training accuracy", "gradient norms", "batch sizes", "hyper-parameter search",
+                "normalisation constants", "number of training examples", "pre-training data",
+                "choice of the best checkpoint", "test or validation", "timing")  # fmt: skip
+        for text in (self.say(), self.say(exact_noise=True)):
+            (paragraph,) = [p for p in text.split("\n\n") if p.startswith("NOT protected:")]
+            assert not [gap for gap in gaps if gap not in paragraph]
+
+    def test_generators_and_arithmetic(self):
+        """Exact noise is claimed only where it was drawn: other loops and older records have the gap."""
+        text, old = self.say(exact_noise=True), self.say()
+        gap = "noise is drawn in float32 from a pseudo-random generator that is not cryptographic"
+        assert gap in old and "SHAKE" not in old
+        assert gap not in text and "floating-point" not in text
+        for said in ("SHAKE (FIPS 202), a cryptographic function", "summed exactly", "Threefry generator is not crypto",
+                     "guarantee is computational", "how long an update takes tells the size"):  # fmt: skip
+            assert said in text
+        assert "Philox" not in text
+        assert "Philox" in self.say(self.SHUFFLED, exact_noise=True)
+
+    def test_checkpoint_files_are_not_covered(self):
+        (covered,) = [p for p in self.say().split("\n\n") if p.startswith("Covered")]
+        assert "checkpoint files are not covered" in covered and "average and checkpoint" not in covered
+        assert "Covered" not in self.say(self.NOISELESS)
+
+    def test_delta_beside_the_number_of_examples(self):
+        """A delta of 1/N or more is met by publishing one example, so it is said aloud."""
+        for n, warned in ((100_000, True), (200_000, True), (99_999, False), (50_000, False), (None, False)):
+            assert ("not below 1/N" in self.say(training_examples=n)) == warned, n
+        assert "1/N = 5e-06 (N = 200000" in self.say(training_examples=200_000)
+
+    def test_what_adds_up(self):
         text = self.say()
-        gaps = text[text.index("NOT protected:") :]
-        for gap in ("training loss", "training accuracy", "gradient norms", "batch sizes", "hyper-parameter search",
-                    "normalisation constants", "number of examples", "pre-training data", "choice of the best checkpoint",
-                    "test or validation", "floating-point side channels", "not cryptographic"):  # fmt: skip
-            assert gap in gaps
+        assert "Several released runs on the same data add up" in text
+        assert "person with k training examples has about k times this epsilon" in text
+
+    def test_files_that_may_be_published(self):
+        text = self.say()
+        for said in ("those in `release/` may be published", "rests on the guarantee", "seed staying secret",
+                     "Never publish `private/`"):  # fmt: skip
+            assert said in text
+        for name in ("ema.safetensors", "result.json", "privacy.md", "notebook"):
+            assert name in text[text.index("Files:") : text.index("Never publish")]
+        nominal, noiseless = self.say(self.SHUFFLED), self.say(self.NOISELESS)
+        assert "rests on the *nominal* claim, which is not a guarantee" in nominal
+        assert "none of its files may be published" in noiseless and "may be published:" not in noiseless
+        public = self.say(seed_published=True)
+        assert "presupposes that the data are public" in public and "release/" not in public
 
     def test_nominal(self):
-        shuffled = [{**vars(Mechanism(10.0, 4096 / 50_000, "shuffle")), "steps": 875}]
-        for events in (shuffled, self.EVENTS + shuffled):
+        for events in (self.SHUFFLED, self.EVENTS + self.SHUFFLED):
             text = self.say(events)
             assert "*nominal*" in text and "not a guarantee" in text and "shuffle sampling" in text
             assert "is differentially private" not in text
 
     def test_not_private(self):
-        text = self.say([*self.EVENTS, {**vars(Mechanism(0.0, 0.1)), "steps": 1}])
+        text = self.say(self.NOISELESS)
         assert "NOT differentially private" in text and "epsilon = infinity (PLD" in text
         assert "This run is differentially private" not in text
 
     def test_seed(self):
         assert "seed is published: the noise can be computed" in self.say(seed_published=True)
-        assert "seed must stay secret" in self.say() and "published" not in self.say()
+        assert "seed must stay secret" in self.say() and "seed is published" not in self.say()
         for published in (True, False):
             assert "only against those who do not know it" in self.say(seed_published=published)
 

@@ -10,7 +10,7 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 
-from dpnb.models import unpickle
+from dpnb.models import conversion, unpickle
 
 RNG = np.random.default_rng(0)
 TREE = {
@@ -22,6 +22,8 @@ TREE = {
     "other": [np.float32(1.5), np.int64(3), np.True_, (1, 2.5, None, "text", True)],
     "big endian": np.arange(6, dtype=">i4").reshape(2, 3)[:, ::2],
     "scalar array": np.array(7, np.uint8),
+    "transposed": RNG.normal(size=(3, 2, 4, 5)).transpose(3, 2, 0, 1),  # neither C nor Fortran order
+    "half": np.arange(3, dtype=np.float16),
 }
 
 
@@ -116,3 +118,140 @@ def test_every_single_damaged_byte_is_refused_or_harmless():
         broken[place] ^= 0xFF
         with contextlib.suppress(unpickle.Refused):
             unpickle.load(bytes(broken))
+
+
+def nested(level: int, kind):
+    """Two to the power of `level` leaves in a few bytes: every container holds the one below twice."""
+    content = np.zeros(2)
+    for _ in range(level):
+        content = {"a": content, "b": content} if kind is dict else kind((content, content))
+    return pickle.dumps(content, 4)
+
+
+@pytest.mark.parametrize("kind", [list, tuple, dict])
+def test_shared_containers_are_seen_once(kind):
+    first, second = ("a", "b") if kind is dict else (0, 1)
+    loaded = unpickle.load(nested(3, kind))
+    assert type(loaded) is kind and loaded[first] is loaded[second]
+    assert len(nested(60, kind)) < 1000
+    loaded, depth = unpickle.load(nested(60, kind)), 0
+    while type(loaded) is kind:
+        loaded, depth = loaded[first], depth + 1
+    assert depth == 60 and same(loaded, np.zeros(2))
+
+
+def test_containers_that_hold_themselves_are_refused():
+    own_list, own_dict = [], {}
+    own_list.append((own_list,))
+    own_dict["a"] = [own_dict]
+    for content in (own_list, own_dict):
+        with pytest.raises(unpickle.Refused):
+            unpickle.load(pickle.dumps(content, 4))
+
+
+def test_too_deep_is_refused():
+    with pytest.raises(unpickle.Refused):
+        unpickle.load(b"\x80\x04N" + b"\x85" * 200_000 + b".")
+
+
+def named(module: str, name: str) -> bytes:
+    return b"c" + f"{module}\n{name}\n".encode()
+
+
+def text(word: str) -> bytes:
+    return b"\x8c" + bytes([len(word)]) + word.encode()
+
+
+FLOAT = named("numpy", "dtype") + text("f4") + b"\x89\x88\x87R"  # dtype("f4", False, True)
+ARRAY = named("numpy.core.multiarray", "_reconstruct") + b")R"
+STATE = b"(K\x01K\x02\x85" + FLOAT + b"\x89C\x08" + bytes(8) + b"t"  # (1, (2,), dtype, False, 8 bytes)
+
+
+def traits():
+    """All that a state could change of what is shared between two calls of `load`."""
+    made = {**unpickle.ADMITTED, "list": list, "dict": dict}
+    return {
+        name: (dict(vars(it)) if hasattr(it, "__dict__") else None, getattr(it, "__defaults__", None))
+        for name, it in made.items()
+    }
+
+
+@pytest.mark.parametrize("state", ["dict", "slots"])
+@pytest.mark.parametrize(
+    "target", [*(named(*at) for at in unpickle.ADMITTED), b"}", b"]", b")", b"N", ARRAY + STATE + b"b"]
+)
+def test_nothing_that_is_built_is_given_a_state(target, state):
+    attributes = b"}" + b"".join(text(k) + v + b"s" for k, v in (("__defaults__", b"N"), ("array", b"K\x07")))
+    attributes = attributes if state == "dict" else b"N" + attributes + b"\x86"
+    before = traits()
+    with pytest.raises(unpickle.Refused, match="given a state"):
+        unpickle.load(b"\x80\x04" + target + attributes + b"b.")
+    assert traits() == before
+    assert same(unpickle.load(pickle.dumps(TREE, 5)), TREE)
+
+
+@pytest.mark.parametrize(
+    "program",
+    {
+        "a class is made anew": named("numpy", "ndarray") + b")\x81",
+        "with keywords": named("numpy", "ndarray") + b")}\x92",
+        "an instance": b"(inumpy\nndarray\n",
+        "an instance of the stack": b"(" + named("numpy", "ndarray") + b"o",
+        "a registered extension": b"\x82\x01",
+        "a persistent name": b"N" + b"Q",
+        "a buffer from elsewhere": b"\x97",
+        "a second copy": b"N2",
+        "a set": b"\x8f",
+        "an item of an array": ARRAY + STATE + b"bK\x00K\x01s",
+        "an item of a list": b"]K\x00K\x01s",
+        "appended to bytes": b"\x96\x01" + bytes(7) + b"\x00K\x00a",
+        "appended to a dict": b"}K\x00a",
+        "an array without bytes": ARRAY,
+        "a name alone": named("numpy", "ndarray"),
+        "a number of no size": ARRAY + STATE.replace(b"K\x02", b"J\xff\xff\xff\xff") + b"b",
+        "a number of huge size": ARRAY + STATE.replace(b"K\x02", b"\x8a\x09" + b"\xff" * 8 + b"\x00") + b"b",
+        "bytes that are not there": b"\x96" + b"\xff" * 6 + b"\x00\x00",
+        "many types": named("numpy", "dtype") + text("f4,f4") + b"\x85R",
+    }.items(),
+    ids=lambda item: item[0],
+)  # fmt: skip
+def test_no_other_instruction_is_followed(program):
+    with pytest.raises(unpickle.Refused):
+        unpickle.load(b"\x80\x04" + program[1] + b".")
+
+
+def test_the_last_place_of_the_memory_costs_nothing():
+    assert unpickle.load(b"\x80\x04Nr\xff\xff\xff\x7f.") is None
+
+
+def test_keys_are_looked_at_before_they_are_hashed():
+    """The hash of a tuple takes as long as it is large, and as much of the stack as it is deep."""
+    large = b")" + b"".join(b"q%ch%ch%c\x86" % (i, i, i) for i in range(60))  # x = (x, x), 60 times
+    deep = b")" + b"\x85" * 200_000
+    for key in (large, deep):
+        in_arguments = named("collections", "OrderedDict") + b"](" + key + b"N\x86e\x85R"
+        for program in (b"}" + key + b"Ns", b"}(" + key + b"Nu", in_arguments):
+            with pytest.raises(unpickle.Refused):
+                unpickle.load(b"\x80\x04" + program + b".")
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        ARRAY + b"(K\x01M\xe8\x03\x85h\x01\x89h\x00tb",
+        named("numpy.core.numeric", "_frombuffer") + b"(h\x00h\x01M\xe8\x03\x85" + text("C") + b"tR",
+    ],
+)
+def test_arrays_hold_no_more_bytes_than_the_file(array):
+    """One string of bytes, made into an array again and again, would fill the memory."""
+    raw = b"B" + (4000).to_bytes(4, "little") + bytes(4000) + b"q\x00"
+    program = b"\x80\x04(" + raw + FLOAT + b"q\x01]" + array * 3 + b"t."
+    with pytest.raises(unpickle.Refused, match="no more bytes than the file"):
+        unpickle.load(program)
+
+
+def test_a_layer_holds_arrays():
+    """What reads the tree would not see shared lists once: numpy makes them an array of every leaf."""
+    for layer in ({"w": unpickle.load(nested(60, list))}, unpickle.load(nested(60, tuple)), {"w": "text"}):
+        with pytest.raises(ValueError, match=r"layer 'a' must be a dict of arrays"):
+            conversion.Leaves({"a": layer})

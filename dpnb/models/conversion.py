@@ -12,9 +12,20 @@ TIMM_EPSILON = 1e-5  # added to the variance there
 
 
 class Leaves:
-    """The leaves of a file, taken one by one; what is missing or left over names another network."""
+    """The leaves of a file, taken one by one; what is missing or left over names another network.
+
+    Raises:
+      ValueError: a layer is no dict of arrays. Nested lists are refused: a small pickle can hold very many.
+    """
 
     def __init__(self, layers: Mapping[str, Mapping[str, np.ndarray]]):
+        for name, leaves in layers.items():
+            kinds = [type(a) for a in leaves.values()] if isinstance(leaves, Mapping) else [type(leaves)]
+            wrong = {kind.__name__ for kind in kinds if not issubclass(kind, (np.ndarray, np.generic))}
+            if wrong:
+                raise ValueError(
+                    f"layer {name!r} must be a dict of arrays, got {sorted(wrong)}; another network?"
+                )
         self.left = {name: dict(leaves) for name, leaves in layers.items()}
         self.missing: list[str] = []
         self.made: Arrays = {}

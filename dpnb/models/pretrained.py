@@ -227,8 +227,9 @@ def used(experiment: Experiment, private: Dataset | None = None) -> dict[str, st
     Raises:
       ValueError: the weights say that they saw a data set of that name or fingerprint (or ImageNet, where
         the classes are WordNet numbers, as ImageNet's are): what they carry of it goes past every clip and
-        all noise, and no epsilon covers it. Photographs under another name nobody can recognise: that the
-        weights saw none of them is then the user's word. Else as `load`.
+        all noise, and no epsilon covers it. Renamed copies cannot be detected, nor can other fingerprints in
+        weights from a run with a secret seed, which name their data by a keyed hash; the user vouches for
+        those. Other errors as in `load`.
     """
     if not experiment.pretrained:
         return None
