@@ -211,7 +211,7 @@ class Ledger:
         return all(m.valid for m in self._counts)
 
     def epsilon(self, accountant: str) -> float:
-        """Epsilon of all charged steps at the budget's delta (`MissingAccountant` without dp-accounting)."""
+        """Epsilon of all charged steps at the budget's delta; raises as `dpnb.privacy.epsilon`."""
         return epsilon(self.to_event(), 1, self.budget.delta, accountant) if self._counts else 0.0
 
     def to_event(self):

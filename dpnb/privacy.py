@@ -210,7 +210,7 @@ def _costly(runs, bound: float) -> bool:
     and at many steps it is cut no narrower than sqrt(epsilon x steps).
     """
     noise = [getattr(getattr(event, "event", event), "noise_multiplier", 1.0) for event, _ in runs]
-    return bound > 1000 or bound * sum(steps for _, steps in runs) > 1e8 or min(noise) < 0.15
+    return bound > 1000 or bound * sum(steps for _, steps in runs) > 1e8 or min(noise, default=1.0) < 0.15
 
 
 def _pld_epsilon(dp, runs, delta: float) -> float:

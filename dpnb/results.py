@@ -147,10 +147,11 @@ def flatten(params: Any, prefix: str = "") -> dict[str, np.ndarray]:
 
 
 def recompute_epsilon(events: list[dict[str, Any]], delta: float, accountant: str) -> float | None:
-    """Epsilon of a ledger; None for infinity, or where dp-accounting is not installed."""
+    """Epsilon of a ledger; None for infinity, or where nobody can say: dp-accounting is not installed, or
+    delta is too small for PLD."""
     try:
         return finite(privacy.epsilon(privacy.events_from_json(events), 1, delta, accountant))
-    except privacy.MissingAccountant:
+    except (privacy.MissingAccountant, privacy.DeltaTooSmall):
         return None
 
 
@@ -188,7 +189,9 @@ def _fits(record: dict[str, Any]) -> bool:
 
 
 def _left_out(record: dict[str, Any], why: str) -> None:
-    which = f"{record['experiment']} [{record['preset']}, seed {record['seed']}, finished {record['finished']}]"
+    which = (
+        f"{record['experiment']} [{record['preset']}, seed {record['seed']}, finished {record['finished']}]"
+    )
     warnings.warn(f"left out of all tables: the record {which}: {why}", LeftOut, stacklevel=4)
 
 

@@ -1,5 +1,6 @@
 """The privacy statement: what a run promises, to whom, what it does not, and what of it may be published."""
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from dpnb.privacy import (
     ACCOUNTANTS,
     NEIGHBOURS,
+    DeltaTooSmall,
     Mechanism,
     MissingAccountant,
     compose,
@@ -74,8 +76,11 @@ def _claim(counts: Mapping[Mechanism, int], delta: float) -> str:
         f"{n} updates of noise multiplier sigma = {m.noise_multiplier:g}, sampling probability "
         f"q = {m.sampling_probability:g}, {m.sampler} sampling" for m, n in counts.items()
     )  # fmt: skip
+    numbers = []
     try:
-        numbers = [(k, epsilon(compose(counts), 1, delta, k)) for k in ACCOUNTANTS]
+        for k in ACCOUNTANTS:
+            with contextlib.suppress(DeltaTooSmall):  # RDP can prove an epsilon at any delta
+                numbers.append((k, epsilon(compose(counts), 1, delta, k)))
         claim = ", ".join(f"epsilon = {_round_up(e)} ({k.upper()} accountant)" for k, e in numbers)
     except MissingAccountant:
         claim = "epsilon not computed (dp-accounting is not installed here; recompute it from the events)"

@@ -40,6 +40,14 @@ class TestStatement:
         assert module._round_up(0.9021) == "0.903" and module._round_up(0.902) == "0.902"
         assert module._round_up(math.inf) == "infinity"
 
+    def test_a_delta_too_small_for_pld_leaves_rdp(self):
+        text = self.say(delta=1e-15)
+        assert (
+            "(RDP accountant)" in text
+            and "PLD accountant" not in text
+            and "is differentially private" in text
+        )
+
     def test_names_what_is_not_protected(self):
         gaps = ("training loss", "training accuracy", "gradient norms", "batch sizes", "hyper-parameter search",
                 "normalisation constants", "number of training examples", "pre-training data",
