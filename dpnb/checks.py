@@ -65,7 +65,8 @@ def check_trainer(trainer: Trainer) -> Report:
     The noise, by chance: over up to 64 steps and two seeds, each leaf and all together have the mean, the scale
     (neither less nor more than sigma clip norms) and the law; none is that of another step, leaf or seed.
     The clip, exact: one made-up example moves the sum by what it adds alone, at most the clip norm, whatever else is
-    in the batch and was summed before; padding adds nothing. At the first parameters, and at steeper ones.
+    in the batch and was summed before, and in whatever place; padding adds nothing, nor do gradients that are NaN.
+    At the first parameters, and at steeper ones.
     The sampler, by chance: with its own and another seed, the sizes of batches, how often each example comes, how
     many examples two successive batches share, and how many batches two neighbouring examples; and that physical
     batches hold what was drawn (not asked of photographs, which would be read). A shuffled one, whose epsilon is
@@ -277,9 +278,9 @@ def _clip(trainer: Trainer, norm: float) -> Iterator[Finding]:
     )
     steeper = jax.jit(lambda p: jax.tree.map(lambda x: STEEP * x, p), out_shardings=trainer.places.params)
 
-    def summed(params, who, before):
-        """With the examples `who`, bool [size], in places that are their own; all others are padding."""
-        order = np.where(who, places % count, 0).astype(np.int32)
+    def summed(params, who, before, moved=0):
+        """With the examples `who`, bool [size], in places that are their own, or `moved`; all others are padding."""
+        order, who = (np.roll(x, moved) for x in (np.where(who, places % count, 0).astype(np.int32), who))
         totals = collect(trainer.accumulate(params, hold(before), *batch(order, who), key))
         return jax.tree.map(lambda t: np.asarray(gathered(t)), totals)
 
@@ -307,10 +308,22 @@ def _clip(trainer: Trainer, norm: float) -> Iterator[Finding]:
             moved = change(full) - change(summed(at, places != j, start))
             longest = max(longest, _length(alone), _length(moved))
             apart = max(apart, _length(alone - moved))
-    repeats = not apart or np.array_equal(change(first), change(summed(params, everyone, start)))
+    elsewhere = change(summed(params, everyone, start, moved=1)) - change(first)
+    apart = max(apart, _length(elsewhere))
+    never = jax.tree.map(lambda p: jnp.full_like(p, jnp.nan), params)
+    unreal = _length(change(summed(never, everyone, start)))  # gradients that are no numbers
+    repeats = (not apart and not unreal) or np.array_equal(
+        change(first), change(summed(params, everyone, start))
+    )
     remedy = "clip the gradient of every example on its own, before it is added to the sum"
     if longest > norm:
         yield False, f"clip: one made-up example moves the sum by {longest / norm:.4g} clip norms; {remedy}"
+    elif unreal > (0 if repeats else norm / 64):
+        yield (
+            False,
+            "clip: gradients that are not a number must add nothing; XLA was told that there are none, leave fast_math "
+            "out of XLA_FLAGS",
+        )
     elif apart > (0 if repeats else norm / 64):
         what = f"adds, with others or without, differs by {apart / norm:.2g} clip norms"
         yield False, f"clip: what a made-up example {what}; {remedy}"

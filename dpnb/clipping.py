@@ -117,7 +117,7 @@ class ClippedGrad:
         squares = jax.tree.map(_squares, grads)
         norms = jnp.sqrt(sum(jax.tree.leaves(squares)))
         # Selected, not multiplied by zero: zero times NaN is NaN.
-        used = mask & jnp.isfinite(norms)
+        used = mask & _finite(norms)
         factor = self._factor(jnp.where(used, norms, 1.0))
         few = jax.default_backend() == "cpu" and len(norms) <= FEW
 
@@ -133,7 +133,7 @@ class ClippedGrad:
             g = g.astype(_accumulator(g))
             allowed, now = jnp.sqrt(squares), jnp.sqrt(_squares(g))
             within = jnp.where(now > allowed, allowed / now, 1)
-            return add(total, g, factor * within, used & jnp.isfinite(now))
+            return add(total, g, factor * within, used & _finite(now))
 
         return jax.tree.map(add_again, total, self._second_pass(params, examples, norms), squares), info
 
@@ -171,8 +171,15 @@ def _squares(g):
     """
     squares = jnp.square(g)
     while squares.ndim > 1:
-        squares = jnp.maximum(_level(squares), 0)  # changes nothing, but XLA would merge bare levels
+        squares = jnp.abs(_level(squares))  # changes nothing, but XLA would merge bare levels
     return squares
+
+
+def _finite(x):
+    """As `jnp.isfinite`, from the bits: some options of compilers assume that nothing is ever NaN."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32 if x.dtype.itemsize == 4 else jnp.uint64)
+    exponent = jnp.array(jnp.inf, x.dtype).view(bits.dtype)
+    return (bits & exponent) != exponent
 
 
 def _level(x):

@@ -211,7 +211,8 @@ def accounted(record: Record, interval: float | None = None) -> list[Check]:
             text = f"{what} {spent} is spent, of a budget of {target}"
             made.append((spent <= target * (1 + 1e-6), text))
     end = (record.get("curve") or [{}])[-1]
-    if end.get("epsilon") is not None and len(counts) == 1:
+    twice = sum(counts.values()) - p["steps"]  # charges of steps that were repeated, and not the same
+    if end.get("epsilon") is not None and len(counts) == 1 and not twice:
         once = dict.fromkeys(counts, end["step"])
         compare("epsilon at the end of the curve", end["epsilon"], once, p["calibrated_with"])
     return made

@@ -1,5 +1,6 @@
 """Small files that are whole or not there, and the folder of what is not to be published."""
 
+import os
 import pathlib
 
 
@@ -14,8 +15,21 @@ def write_whole(path: pathlib.Path, content: str | bytes, mode: int = 0o666) -> 
     partial = path.with_name(path.name + ".partial")
     partial.unlink(missing_ok=True)
     partial.touch(mode=mode)
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    with partial.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: pathlib.Path) -> None:
+    """Makes the names in a folder last, power cuts included."""
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def private_folder(directory: str | pathlib.Path, secret: bool) -> pathlib.Path:

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from dpnb.files import sync_folder
 from dpnb.privacy import (
     ACCOUNTANTS,
     Mechanism,
@@ -63,6 +64,8 @@ class Ledger:
         (`SharedNoise`): throw it away unseen, and draw afresh.
     What is compared leaves one trace: that a repetition differed at all, which depends on how the two
     programs round. Whoever knows that settings changed (see `dpnb.replay`) draws afresh without comparing.
+    That PLD composes mechanisms is proven for a sequence that is fixed beforehand: if sigma or q are changed after
+    looking at results, go by "rdp".
     A copied or deleted file can vouch for nothing; `check_holds` notices an older one.
 
     Args:
@@ -199,6 +202,11 @@ class Ledger:
     def steps(self) -> int:
         """Number of steps charged, those charged twice counted twice."""
         return sum(self._counts.values())
+
+    @property
+    def extra(self) -> int:
+        """Number of charges beyond one for each step: of repetitions that were not the same."""
+        return self.steps - len({at for at, *_ in self._seen})
 
     @property
     def spent(self) -> float:
@@ -369,7 +377,7 @@ class Ledger:
     def _write(self, data: bytes):
         if self._file is None:
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
-            _sync(self.path.parent)
+            sync_folder(self.path.parent)
         self._check_untouched()
         if os.write(self._file, data) != len(data):
             raise OSError(errno.ENOSPC, "the line was written in part", str(self.path))
@@ -392,15 +400,6 @@ class Ledger:
                 f"{self.path} must be changed by nobody while it is open, but was replaced, deleted or written to; "
                 "restore the one with the most lines and start again"
             )
-
-
-def _sync(directory: pathlib.Path) -> None:
-    """Makes the names in a directory last."""
-    file = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
 
 
 def _chained(chain: str, line: Mapping[str, Any]) -> str:

@@ -13,14 +13,14 @@ import json
 import jax
 import numpy as np
 
-from dpnb.hosts import from_first
+from dpnb.hosts import by_first
 from dpnb.ledger import BudgetExceeded, Ledger, SharedNoise
 from dpnb.privacy import Mechanism
 from dpnb.randomness import derived_seed
 from dpnb.sharding import gathered
 from dpnb.update import Seen, State, Trainer, one_update, reseeded
 
-PAID, REFUSED, AFRESH = range(3)
+PAID, REFUSED, AFRESH = "paid", "refused", "afresh"
 
 
 def stream_name(before: str, *why: str) -> str:
@@ -45,7 +45,7 @@ class Payer:
     """Makes updates one after another and pays for each before anything of it is seen.
 
     Args:
-      ledger: decides, on the first process, for all of them.
+      ledger: of the first process, which decides for all of them.
       trainer: the compiled pieces; their own seed is not used.
       mechanism: what one update is.
       seed: of the run and the experiment, from which those of streams are derived.
@@ -78,25 +78,26 @@ class Payer:
 
     def _refusal(self, step: int) -> str:
         """Why the update need not even be made: "" if it is affordable, or may be a repetition."""
-        refusal = ""
-        if not self.ledger.may_repeat(step):
+
+        def ask():
+            if not self.ledger.may_repeat(step):
+                try:
+                    self.ledger.check_affordable(step, self.mechanism)
+                except BudgetExceeded as error:
+                    return str(error)
+            return ""
+
+        return by_first(ask)
+
+    def _charge(self, step: int, released: str) -> tuple[str, str]:
+        def pay():
             try:
-                self.ledger.check_affordable(step, self.mechanism)
+                self.ledger.charge(step, self.mechanism, released, self.stream)
+            except SharedNoise:
+                return AFRESH, ""
             except BudgetExceeded as error:
-                refusal = str(error)
-        return _agreed(int(bool(refusal)), refusal)[1]
+                return REFUSED, str(error)
+            return PAID, ""
 
-    def _charge(self, step: int, released: str) -> tuple[int, str]:
-        try:
-            self.ledger.charge(step, self.mechanism, released, self.stream)
-        except SharedNoise:
-            return _agreed(AFRESH)
-        except BudgetExceeded as error:
-            return _agreed(REFUSED, str(error))
-        return _agreed(PAID)
-
-
-def _agreed(answer: int, refusal: str = "") -> tuple[int, str]:
-    """The first process's answer, and its reason, or that it has one."""
-    answer = from_first(answer)
-    return answer, (refusal or "the ledger of the first process refused the step") * (answer == REFUSED)
+        answer, refusal = by_first(pay)
+        return answer, refusal

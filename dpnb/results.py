@@ -13,6 +13,7 @@ import sys
 import warnings
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from safetensors.numpy import save as serialised
 
@@ -105,6 +106,8 @@ def save(run: Run, data: Dataset, directory: str | pathlib.Path) -> dict[str, An
       The record as in `result.json`.
     """
     e, made = run.experiment, record(run, data)
+    if jax.process_index():  # the first process writes for all
+        return made
     private = all(m.private for m in privacy.counts_from_json(run.events))
     folder = release.folder(directory, e.seed is None, private)
     if e.seed is None:

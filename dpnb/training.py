@@ -31,7 +31,7 @@ from dpnb.data import Dataset
 from dpnb.evaluation import Evaluation, make_evaluate
 from dpnb.experiments.experiment import Experiment
 from dpnb.files import private_folder
-from dpnb.hosts import from_first
+from dpnb.hosts import any_process, by_first, from_first
 from dpnb.identity import code, computation
 from dpnb.ledger import Ledger
 from dpnb.models import pretrained
@@ -153,15 +153,13 @@ def train(
     allowed = {mechanism: allowed_steps} if allowed_steps else None
     used = jax.devices() if devices is None else devices
     terms = dict(allowed_steps=allowed, settings=settings_of(experiment, data, used))
-    # Locked from here on, and nothing is written yet.
-    with Ledger(journal, budget, experiment.accountant, **terms) as ledger:
+    # Locked from here on, and nothing is written yet. The other processes' ledgers are never asked.
+    with open_ledger(journal, budget, experiment.accountant, **terms) as ledger:
         custom = computation(model, optimizer, data.shape)
         public = pretrained.used(experiment, data)
         origin = {"public": public["sha256"]} if public else {}
         fingerprint = experiment.fingerprint(data=data.fingerprint, custom=custom, **origin)
-        if jax.process_index() == 0:  # which may have to write what the others read
-            run_seed(folder, experiment.seed)
-        from_first(0)
+        by_first(lambda: run_seed(folder, experiment.seed)[1])  # which may have to write what the others read
         seed, label = run_seed(folder, experiment.seed)
         # Two releases must not share their noise, unless they are the same to the bit.
         seed = derived_seed(seed, fingerprint)
@@ -177,11 +175,12 @@ def train(
         checkpoints = Checkpoints(folder, f"{fingerprint} {label}")
         state, notes = checkpoints.restore(trainer.state)
         start, history = int(state.step), notes.get("history", [])
-        if journal and start:  # a checkpoint whose ledger was deleted is not continued
-            ledger.check_holds(start - 1, digest(state))
+        here = digest(state)
+        if start:  # a checkpoint whose ledger was deleted is not continued
+            by_first(lambda: ledger.check_holds(start - 1, here))
         stream, settings = notes.get("stream", stream_name("")), terms["settings"]
-        if from_first(int(notes.get("settings", ledger.settings) != settings)):
-            stream = stream_name(stream, settings, digest(state))
+        if by_first(lambda: notes.get("settings", ledger.settings) != settings):
+            stream = stream_name(stream, settings, here)
         agree(derived_seed(seed, stream))
         payer = Payer(ledger, trainer, mechanism, seed, stream)
         evaluate, alive = make_evaluate(trainer.apply, recipe=data.recipe), make_alive(trainer, data)
@@ -190,6 +189,8 @@ def train(
         spent = epsilon_spent(mechanism, experiment)
 
         def save():
+            if int(state.step) == 0:  # nothing was charged: the next start is as the first one
+                return
             notes = {"history": history, "stream": payer.stream, "settings": settings}
             notes["seconds"] = before + time.monotonic()
             checkpoints.save(state, notes)
@@ -197,7 +198,7 @@ def train(
         with Progress(experiment.steps, start) as progress:
             try:
                 for step in range(start, experiment.steps):
-                    if step == stop_at_step:
+                    if stop_at_step is not None and step >= stop_at_step:
                         stopped = f"stopped on purpose after {step} of {experiment.steps} updates"
                         break
                     new, seen, stopped = payer.update(state)
@@ -205,7 +206,7 @@ def train(
                         stopped = f"update {step + 1} left parameters whose outputs are not finite; {REMEDY}"
                     if stopped:
                         break
-                    point = curve_point(step + 1, seen, spent(step + 1))
+                    point = curve_point(step + 1, seen, spent(step + 1 + by_first(lambda: ledger.extra)))
                     last = step + 1 == experiment.steps
                     shown = last or (experiment.eval_every and (step + 1) % experiment.eval_every == 0)
                     if shown:
@@ -221,7 +222,7 @@ def train(
             finally:  # an interrupted run loses nothing that it paid for
                 save()
                 checkpoints.close()
-        events = ledger.events()
+        events = by_first(ledger.events)
     return Run(
         experiment=experiment,
         params=jax.tree.map(gathered, state.params),
@@ -236,6 +237,13 @@ def train(
         public=public,
         stopped=stopped,
     )
+
+
+def open_ledger(journal: pathlib.Path | None, *terms, **more) -> Ledger:
+    """The run's ledger on the first process, an empty one in memory on the others; errors are raised on all."""
+    opened = []
+    by_first(lambda: opened.append(Ledger(journal, *terms, **more)))
+    return opened[0] if opened else Ledger(None, *terms, **more)
 
 
 REMEDY = "the run ends with those before it: lower the learning rate"
@@ -293,13 +301,13 @@ def agree(seed: int) -> None:
     """Processes must have the same seed, and so (it is derived from them) the same experiment and data.
 
     Raises:
-      ValueError: this one does not agree with the first.
+      ValueError: some do not agree with the first; on all of them, so that none waits for another.
     """
     known = seed % 2**63
-    if from_first(known) != known:
+    if any_process(from_first(known) != known):
         raise ValueError(
-            "all processes must have the same seed, experiment and data, but process "
-            f"{jax.process_index()} differs from the first; give them one directory that all see, and the same files"
+            "all processes must have the same seed, experiment and data, but some differ from the first; give them "
+            "one directory that all see, and the same files"
         )
 
 
@@ -369,9 +377,10 @@ def accounting_grid(steps: int, points: int = 8) -> list[int]:
 
 
 def epsilon_spent(mechanism: privacy.Mechanism, experiment: Experiment) -> Callable[[int], float]:
-    """A cheap function steps -> epsilon, never below the true one.
+    """A cheap function of the number of steps, those charged twice counted twice -> epsilon, never below the true one.
 
-    Exact at the points of the curve (up to 30 of them); between two, the later one's epsilon is given.
+    Exact at the points of the curve (up to 30 of them); between two, the later one's epsilon is given; and
+    that of the budget where steps were charged twice, so that there are more than the experiment's.
     """
     every = experiment.eval_every or experiment.steps
     grid = [*range(every, experiment.steps, every), experiment.steps]
@@ -380,7 +389,8 @@ def epsilon_spent(mechanism: privacy.Mechanism, experiment: Experiment) -> Calla
         curve = privacy.epsilon_curve(mechanism, grid, experiment.delta, experiment.accountant)
     except privacy.MissingAccountant:
         return lambda step: math.nan
-    return lambda step: float(curve[np.searchsorted(grid, step)])
+    curve = [*curve, experiment.epsilon]
+    return lambda charged: float(curve[np.searchsorted(grid, charged)])
 
 
 def noise_images(data: Dataset, n: int = 4) -> np.ndarray:

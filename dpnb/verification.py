@@ -65,7 +65,9 @@ def verify(directory: str | pathlib.Path, *, data_dir=None, data_file=None) -> R
         experiment, recorded = experiment_of(record), record["data"]["fingerprint"]
         name, note = record["data"]["name"], record["data"]["note"]
     except (AttributeError, KeyError, TypeError, ValueError):  # which `consistency` has said
-        return report(checks)
+        return report(
+            [*checks, (None, "accuracy and data were not checked: the record does not say of what")]
+        )
     own = private / "photographs"  # digits that a notebook wrote as JPEG files
     try:
         found = data.load(

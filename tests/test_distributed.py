@@ -28,6 +28,7 @@ jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank, initialization_timeout=
 import numpy as np
 import tiny
 from dpnb import data, training
+from dpnb.ledger import Ledger
 from dpnb.update import make_trainer, one_update
 trainer = make_trainer(tiny.experiment(augmult=1), tiny.data(), seed=5, model=tiny.Linear(), physical_batch_size=4)
 state = trainer.state
@@ -42,19 +43,28 @@ stopped = train(stop_at_step=4)  # with a checkpoint that both processes write
 run = train()
 trained = np.asarray(run.ema_params["layer"]["kernel"], np.float64)
 photographs = data.load("noise", data_dir=directory + "/data", image_size=8)  # each decodes its half
-streamed = [
-    training.train(
-        tiny.experiment(shard=shard, image_size=8), photographs, f"{directory}/photographs-{shard}", model=tiny.Linear()
-    )
-    for shard in (False, True)
-]
+def stream(shard, **options):
+    e = tiny.experiment(shard=shard, image_size=8)
+    where = f"{directory}/photographs-{shard}"
+    return training.train(e, photographs, where, model=tiny.Linear(), **options)
+stream(True, stop_at_step=2)  # to go on with a divided state
+streamed = [stream(shard) for shard in (False, True)]
+real, failed = Ledger.charge, ""
+def full(*_):
+    raise OSError("disk full")
+Ledger.charge = full  # of the first process: nobody waits for it
+try:
+    training.train(tiny.experiment(augmult=0), tiny.data(), directory + "/full", model=tiny.Linear())
+except Exception as error:
+    failed = type(error).__name__ + " " + str(error)
 said = json.dumps({
     "streamed": [np.asarray(r.ema_params["layer"]["kernel"], np.float64).ravel().tolist() for r in streamed],
     "streamed_accuracy": streamed[0].ema.accuracy,
     "devices": len(jax.devices()), "kernel": kernel.ravel().tolist(),
     "examples": float(seen.examples.addressable_data(0)), "stopped": stopped.steps, "steps": run.steps,
     "trained": trained.ravel().tolist(), "accuracy": run.ema.accuracy,
-    "history": [[point["step"], point["batch_size"]] for point in run.history],
+    "history": [[point["step"], point["batch_size"]] for point in run.history], "events": run.events,
+    "failed": failed,
 })
 open(f"{directory}/said-{rank}.json", "w").write(said)  # more than fits in a pipe
 """
@@ -80,8 +90,13 @@ def directory(tmp_path_factory):
     return root
 
 
+@pytest.fixture
+def two_processes(two_processes_once):
+    return [dict(said) for said in two_processes_once]
+
+
 @pytest.fixture(scope="module")
-def two_processes(directory):
+def two_processes_once(directory):
     here = pathlib.Path(__file__).parent
     environment = {
         **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
@@ -109,7 +124,11 @@ def test_two_processes_make_the_update_of_one_device(two_processes):
     """Four devices in two processes; float32 rounding apart."""
     first, second = two_processes
     assert first["devices"] == 4
-    assert first == second  # both hold the same parameters, to the bit
+    assert first.pop("failed").startswith("OSError disk full") and "OSError: disk full" in second.pop(
+        "failed"
+    )
+    assert first == second  # both hold the same parameters, to the bit, and the same ledger
+    assert sum(event["steps"] for event in first["events"]) == 6
     trainer = make_trainer(
         tiny.experiment(augmult=1), tiny.data(), seed=5, model=tiny.Linear(), devices=jax.devices()[:1],
         physical_batch_size=4,
@@ -127,7 +146,7 @@ def test_two_processes_make_the_update_of_one_device(two_processes):
 def test_two_processes_make_the_run_of_one_device(two_processes, directory, tmp_path):
     """Stopped, continued from the checkpoint of both, evaluated; one ledger, written by the first."""
     first, second = two_processes
-    assert first == second and (first["stopped"], first["steps"]) == (4, 6)
+    assert (first["stopped"], first["steps"]) == (second["stopped"], second["steps"]) == (4, 6)
     run = training.train(
         tiny.experiment(augmult=0), tiny.data(), tmp_path, model=tiny.Linear(), devices=jax.devices()[:1]
     )
@@ -143,7 +162,7 @@ def test_two_processes_make_the_run_of_one_device(two_processes, directory, tmp_
 def test_two_processes_train_on_photographs_as_one_device_does(two_processes, directory, tmp_path):
     """Copied or divided state; each process decodes the rows of its own devices."""
     first, second = two_processes
-    assert first == second
+    assert first["streamed"] == second["streamed"]
     data = load("noise", data_dir=directory / "data", image_size=8)
     run = training.train(
         tiny.experiment(image_size=8), data, tmp_path, model=tiny.Linear(), devices=jax.devices()[:1]

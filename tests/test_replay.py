@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tiny
 
-from dpnb import checkpoints, replay, training, update
+from dpnb import checkpoints, privacy, replay, training, update
 from dpnb.ledger import Ledger, LedgerLocked
 from dpnb.noise import GridNoise
 from dpnb.replay import Payer, digest
@@ -232,9 +232,25 @@ def test_a_start_that_fails_leaves_no_trace(tmp_path, monkeypatch):
             tmp_path / "a", experiment=E.replace(epsilon=100.0, noise_multiplier=3.0, physical_batch_size=8)
         )
     assert not (tmp_path / "a" / "ledger.jsonl").exists()
-    shutil.rmtree(tmp_path / "a" / "checkpoints")
     a, b = train(tmp_path / "a"), train(tmp_path / "b")
     assert all(np.array_equal(x, y) for x, y in zip(arrays(a), arrays(b), strict=True))
+
+
+def test_stopping_behind_a_checkpoint_spends_nothing(tmp_path):
+    train(tmp_path, stop_at_step=3)
+    again = train(tmp_path, stop_at_step=1)
+    assert again.steps == 3 and "on purpose" in again.stopped and len(lines(tmp_path)) == 3
+
+
+def test_the_shown_epsilon_counts_what_was_charged_twice(tmp_path):
+    e = E.replace(epsilon=50.0)
+    train(tmp_path, experiment=e, stop_at_step=4)
+    forget(tmp_path)
+    run = train(tmp_path, experiment=e.replace(physical_batch_size=8))
+    assert len(lines(tmp_path)) == 4 + STEPS and run.history[-1]["epsilon"] == 50.0
+    spent = [p["epsilon"] for p in run.history]
+    true = [privacy.epsilon(e.mechanism(64), 4 + p["step"], e.delta, e.accountant) for p in run.history]
+    assert all(shown >= charged for shown, charged in zip(spent, true, strict=True))
 
 
 def test_parameters_that_are_no_numbers_end_the_run(tmp_path):
