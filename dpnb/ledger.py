@@ -99,6 +99,7 @@ class Ledger:
         self.budget, self.accountant = budget, accountant
         self.settings = settings  # under which the first step was, or would be, charged
         self._seen: set[tuple[int, str, Mechanism]] = set()  # (step, hash of what it released, ...)
+        self._at: set[int] = set()  # steps of which something was released
         self._streams: set[tuple[int, str]] = set()  # the noise that was used
         self._chain, self._size = "", 0  # of the file: hash of all lines, bytes
         self._runs: list[list] = []  # [mechanism, steps], in order
@@ -192,7 +193,7 @@ class Ledger:
 
     def may_repeat(self, step: int) -> bool:
         """Whether some value of this step has been released, so that the same again would be free."""
-        return any(at == step for at, *_ in self._seen)
+        return step in self._at
 
     def remaining(self, mechanism: Mechanism) -> int:
         """How many more steps of `mechanism` fit the budget; slow (seconds) only when it is a new one."""
@@ -206,7 +207,7 @@ class Ledger:
     @property
     def extra(self) -> int:
         """Number of charges beyond one for each step: of repetitions that were not the same."""
-        return self.steps - len({at for at, *_ in self._seen})
+        return self.steps - len(self._at)
 
     @property
     def spent(self) -> float:
@@ -350,6 +351,7 @@ class Ledger:
         if not self._runs or self._runs[-1][0] != mechanism:
             self._runs.append([mechanism, 0])
         self._seen.add((step, released, mechanism))
+        self._at.add(step)
         self._streams.add((step, stream))
         self._counts[mechanism] = self._counts.get(mechanism, 0) + 1
         self._runs[-1][1] += 1
