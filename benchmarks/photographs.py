@@ -11,7 +11,8 @@ import time
 
 import numpy as np
 
-from dpnb import data, photographs
+from dpnb import data
+from dpnb.data import prefetch
 from dpnb.experiments import imagenet
 
 
@@ -34,7 +35,7 @@ def main() -> None:
     print(f"{loaded.name}, squares of {split.size} px: {rate:.0f} photographs per second of a core's time")
     wall = time.monotonic()
     read = sum(len(labels) for _, labels in split.batches(16))
-    cores = photographs.cores()
+    cores = prefetch.cores()
     print(
         f"read ahead by Grain on {cores} cores: {read / (time.monotonic() - wall):.0f} per second of wall clock"
     )

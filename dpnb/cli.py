@@ -145,9 +145,9 @@ def run_sweep(options) -> int:
     plan = functools.partial(sweep.plan, options.name, options.preset, options.seeds or 1)
     todo, root = plan(data_note=options.data_note, **asked), options.out or pathlib.Path("runs")
     if options.preset == "smoke" and todo[0].image_size and not options.data_dir and "dataset" not in asked:
-        from dpnb import photographs
+        from dpnb.data import stand_ins
 
-        options.data_dir = photographs.stand_ins("digits", root / "photographs")
+        options.data_dir = stand_ins.write_stand_ins("digits", root / "photographs")
         print(f"no --data-dir: digits, as JPEG files below {options.data_dir}")
         todo = plan(data_note=options.data_note, dataset="digits", **asked)
     if options.seeds is None:

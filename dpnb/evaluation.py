@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dpnb.augment import SMALL_IMAGES, Recipe, plain
 from dpnb.data import Split
+from dpnb.data.augment import plain
+from dpnb.data.recipe import SMALL_IMAGES, Recipe
 from dpnb.sharding import gathered
 
 

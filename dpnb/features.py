@@ -12,8 +12,9 @@ import jax
 import numpy as np
 from flax import nnx
 
-from dpnb.augment import normalise
-from dpnb.data import Dataset, in_batches
+from dpnb.data import Dataset
+from dpnb.data.augment import normalise
+from dpnb.data.dataset import in_batches
 from dpnb.experiments.experiment import Experiment
 from dpnb.models import pretrained, scattering
 from dpnb.models.checks import check_independent

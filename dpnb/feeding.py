@@ -9,7 +9,8 @@ from jax.sharding import Mesh
 
 from dpnb import sampling
 from dpnb.data import Dataset
-from dpnb.photographs import Photographs, name_unreadable
+from dpnb.data.photographs import Photographs
+from dpnb.data.sources import name_unreadable
 from dpnb.sharding import put, rows, whole
 
 

@@ -28,6 +28,7 @@ from dpnb import features, privacy
 from dpnb.checkpoints import Checkpoints, run_seed
 from dpnb.checks import check_trainer
 from dpnb.data import Dataset
+from dpnb.data.photographs import Photographs
 from dpnb.evaluation import Evaluation, make_evaluate
 from dpnb.experiments.experiment import Experiment
 from dpnb.files import private_folder
@@ -36,7 +37,6 @@ from dpnb.identity import code, computation
 from dpnb.ledger import Ledger
 from dpnb.models import pretrained
 from dpnb.models.checks import check_independent
-from dpnb.photographs import Photographs
 from dpnb.progress import Progress
 from dpnb.randomness import derived_seed
 from dpnb.replay import Payer, digest, stream_name

@@ -17,9 +17,10 @@ import optax
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from dpnb import augment, sampling
+from dpnb import sampling
 from dpnb.clipping import ClippedGrad, choose_form, clipped_grad
-from dpnb.data import Dataset
+from dpnb.data import Dataset, augment
+from dpnb.data.recipe import Recipe
 from dpnb.experiments.experiment import Experiment
 from dpnb.feeding import Resident, Streamed, make_feed
 from dpnb.hosts import from_first
@@ -303,7 +304,7 @@ def call_size(experiment: Experiment) -> int:
 
 
 def make_accumulate(
-    grad: ClippedGrad, augmult: int, mesh: jax.sharding.Mesh, recipe: augment.Recipe, resident: bool
+    grad: ClippedGrad, augmult: int, mesh: jax.sharding.Mesh, recipe: Recipe, resident: bool
 ) -> Callable:
     """One physical batch: every device adds its clipped gradients to its own partial sum.
 

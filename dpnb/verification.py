@@ -14,9 +14,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from dpnb import data, features, release
-from dpnb.augment import Recipe, plain
 from dpnb.checkpoints import run_seed
 from dpnb.consistency import Check, consistency, evaluated, experiment_of
+from dpnb.data.augment import plain
+from dpnb.data.recipe import Recipe
 from dpnb.experiments import Experiment
 from dpnb.models import functional, pretrained
 from dpnb.update import make_model

@@ -1,4 +1,4 @@
-"""dpnb.augment: views against plain numpy, and their distribution.
+"""dpnb.data.augment: views against plain numpy, and their distribution.
 
 Every key is fixed, so nothing here is flaky; each statistical test states the chance that a
 correct implementation fails it under another key.
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dpnb import augment
+from dpnb.data import augment
 
 IMAGE = np.random.RandomState(0).randint(0, 256, (32, 32, 3)).astype(np.uint8)
 FALSE_ALARM = 1e-3

@@ -18,10 +18,10 @@ from dpnb import checks, update
 from dpnb.checks import UnsoundTrainer, check_trainer
 from dpnb.clipping import ClippedGrad
 from dpnb.data import load
+from dpnb.data.stand_ins import write_folders
 from dpnb.features import FeatureDataset, FeatureSplit
 from dpnb.models.layers import Conv
 from dpnb.noise import GridNoise
-from dpnb.photographs import write_folders
 from dpnb.sampling import Poisson
 
 

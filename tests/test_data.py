@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from dpnb import data
-from dpnb.data import DataError, Dataset, Split
+from dpnb.data import DataError, Dataset, Split, __main__
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -251,7 +251,7 @@ def test_digits_can_be_told_apart():
 
 def test_command_line(tmp_path, capsys):
     pytest.importorskip("sklearn")
-    data.main(["digits", "--npz", str(tmp_path / "d.npz"), "--note", "mind this"])
+    __main__.main(["digits", "--npz", str(tmp_path / "d.npz"), "--note", "mind this"])
     out = capsys.readouterr().out
     saved = data.load("digits", file=tmp_path / "d.npz")
     assert saved.note == "mind this" and saved.fingerprint in out and "1500 train, 297 test" in out
@@ -394,7 +394,7 @@ def test_download_prepare_load_without_tensorflow(name, server, tmp_path, capsys
         np.testing.assert_array_equal(found.labels, labels[order])
     assert loaded.classes == tuple(archive.names) and loaded.name == name
 
-    data.main([name, "--data-dir", str(tmp_path / "tfds"), "--npz", str(tmp_path / "x.npz")])
+    __main__.main([name, "--data-dir", str(tmp_path / "tfds"), "--npz", str(tmp_path / "x.npz")])
     assert "30 train, 11 test" in capsys.readouterr().out
     same(data.load(name, file=tmp_path / "x.npz"), loaded)
 
@@ -421,7 +421,7 @@ def test_no_network_says_so_at_once(server, tmp_path):
         data.prepare("cifar10", tmp_path / "tfds")
     assert time.monotonic() - start < 15
     with pytest.raises(SystemExit, match="error: no network"):
-        data.main(["cifar10", "--data-dir", str(tmp_path / "tfds")])
+        __main__.main(["cifar10", "--data-dir", str(tmp_path / "tfds")])
 
 
 def test_an_archive_placed_by_hand_needs_no_network(server, tmp_path):
@@ -481,15 +481,15 @@ def cifar10():
 
 def test_the_whole_cifar10(cifar10):
     """Counts, classes, statistics; and loading takes well under a minute."""
-    from dpnb import augment
+    from dpnb.data import recipe
 
     whole, seconds = cifar10
     assert whole.train.images.shape == (50_000, 32, 32, 3) and whole.test.images.shape == (10_000, 32, 32, 3)
     assert np.bincount(whole.train.labels).tolist() == [5000] * 10
     assert np.bincount(whole.test.labels).tolist() == [1000] * 10
     assert whole.classes == data.CIFAR10_CLASSES
-    np.testing.assert_allclose(whole.train.images.mean((0, 1, 2)) / 255, augment.MEAN, atol=1e-4)
-    np.testing.assert_allclose(whole.train.images.std((0, 1, 2), dtype=float) / 255, augment.STD, atol=5e-4)
+    np.testing.assert_allclose(whole.train.images.mean((0, 1, 2)) / 255, recipe.MEAN, atol=1e-4)
+    np.testing.assert_allclose(whole.train.images.std((0, 1, 2), dtype=float) / 255, recipe.STD, atol=5e-4)
     assert seconds < 60
 
 

@@ -16,8 +16,8 @@ from flax import nnx
 from dpnb import results, training
 from dpnb.cost import memory_of
 from dpnb.data import load
+from dpnb.data.stand_ins import write_folders
 from dpnb.models import NFResNet
-from dpnb.photographs import write_folders
 from dpnb.update import draw_noise, make_trainer, one_update
 
 WORKER = """

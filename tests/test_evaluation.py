@@ -6,8 +6,8 @@ import optax
 import pytest
 import tiny
 
-from dpnb.augment import normalise
 from dpnb.data import Split
+from dpnb.data.augment import normalise
 from dpnb.evaluation import make_evaluate
 from dpnb.models import functional
 

@@ -14,12 +14,12 @@ import tiny
 from flax import nnx
 from PIL import Image
 
-from dpnb import data, photographs, sampling, training, update
-from dpnb.augment import photographs as recipe_for
-from dpnb.augment import views
-from dpnb.data import DataError, Dataset, Split
+from dpnb import data, sampling, training, update
+from dpnb.data import DataError, Dataset, Split, photographs, sources, stand_ins
+from dpnb.data.augment import views
+from dpnb.data.photographs import Photographs
+from dpnb.data.recipe import photographs as recipe_for
 from dpnb.evaluation import make_evaluate
-from dpnb.photographs import Photographs
 
 SIZE = 8
 
@@ -55,21 +55,21 @@ def split(**changes) -> Photographs:
 def folder(tmp_path_factory):
     """Digits as JPEG files in a folder of folders."""
     root = tmp_path_factory.mktemp("data") / "digits"
-    return photographs.write_folders(data.load("digits"), root, side=40, limit=60)
+    return stand_ins.write_folders(data.load("digits"), root, side=40, limit=60)
 
 
 def test_decoding_takes_the_largest_centred_square():
     pixels = np.zeros((30, 60, 3), np.uint8)
     pixels[:, 15:45] = 200  # the square in the middle
-    assert (photographs.decode(jpeg(pixels), 12) == 200).all()
-    assert (photographs.decode(jpeg(pixels.transpose(1, 0, 2)), 12) == 200).all()
+    assert (sources.decode(jpeg(pixels), 12) == 200).all()
+    assert (sources.decode(jpeg(pixels.transpose(1, 0, 2)), 12) == 200).all()
 
 
 def test_greyscale_palette_and_transparent_images_become_three_colours():
     for mode in ("L", "P", "RGBA", "CMYK"):
         file = io.BytesIO()
         Image.new(mode, (9, 9)).save(file, format="TIFF")
-        assert photographs.decode(file.getvalue(), 4).shape == (4, 4, 3)
+        assert sources.decode(file.getvalue(), 4).shape == (4, 4, 3)
 
 
 def test_views_are_all_squares_inside_the_enlarged_photograph():
@@ -289,7 +289,7 @@ def test_photographs_of_another_size_than_the_records_are_refused(folder, tmp_pa
 
 
 def test_fingerprint_sees_every_file_and_the_size(tmp_path):
-    root = photographs.write_folders(data.load("digits"), tmp_path / "x", side=40, limit=12)
+    root = stand_ins.write_folders(data.load("digits"), tmp_path / "x", side=40, limit=12)
 
     def fingerprint(size=16, **more):
         return data.load("x", data_dir=tmp_path, image_size=size, **more).fingerprint
@@ -338,7 +338,7 @@ def test_folders_that_are_no_data_set(make, message, tmp_path):
 
 def test_folders_say_what_is_missing_and_what_is_not_read(tmp_path):
     """Classes without photographs, files of other kinds; a folder asked for as images in memory."""
-    root = photographs.write_folders(data.load("digits"), tmp_path / "x", side=40, limit=12)
+    root = stand_ins.write_folders(data.load("digits"), tmp_path / "x", side=40, limit=12)
     for file in (root / "val" / "3").iterdir():
         file.unlink()
     (root / "train" / "4" / "notes.txt").write_text("no photograph")
@@ -364,10 +364,10 @@ def test_bitmaps_and_gifs_are_photographs_too(tmp_path):
 
 
 def test_stand_ins_are_written_once(tmp_path):
-    assert photographs.stand_ins("digits", tmp_path / "p") == tmp_path / "p"
+    assert stand_ins.write_stand_ins("digits", tmp_path / "p") == tmp_path / "p"
     files = sorted((tmp_path / "p").rglob("*.jpeg"))
     times = [file.stat().st_mtime_ns for file in files]
-    photographs.stand_ins("digits", tmp_path / "p")
+    stand_ins.write_stand_ins("digits", tmp_path / "p")
     assert len(files) == 400 + 297 and times == [file.stat().st_mtime_ns for file in files]
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dpnb import textures
+from dpnb.data import textures
 
 CLASSES = 24
 

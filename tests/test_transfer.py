@@ -12,7 +12,8 @@ import tiny
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from dpnb import augment, data, features, results, sweep, training, verification
+from dpnb import data, features, results, sweep, training, verification
+from dpnb.data import augment
 from dpnb.models import WideResNet, functional, pretrained, transfer
 from dpnb.results import flatten
 from dpnb.update import make_model

@@ -11,7 +11,7 @@ import tiny
 from flax import nnx
 
 from dpnb import sampling
-from dpnb.augment import views
+from dpnb.data.augment import views
 from dpnb.models import functional
 from dpnb.update import draw_noise, inputs, make_trainer, one_update, step_key
 

@@ -260,7 +260,7 @@ def test_near_ties_are_counted_and_bounded():
         order = (inputs[:, 0, 0, 0][:, None] > inputs[:4, 0, 0, 0][None]).sum(1)
         return jnp.asarray(params)[order]
 
-    found = verification.measure(apply, logits, split, data.augment.SMALL_IMAGES, 1e-3, batch_size=4)
+    found = verification.measure(apply, logits, split, data.recipe.SMALL_IMAGES, 1e-3, batch_size=4)
     assert (found.right, found.ties) == (2, 1)
     loss = np.mean([math.log1p(math.exp(x)) for x in (-1.0, 0.0005, -0.5, 2.0)])
     assert found.loss == pytest.approx(loss, rel=1e-5)

@@ -62,7 +62,7 @@ class Weights:
 _CC = "CC BY 4.0"
 _CENTRED = "2 x - 1 of pixels in [0, 1]; dpnb standardises instead, which the first layers must get used to"
 _IMAGENET = "mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225)"
-_STANDARD = "standardised as in dpnb.augment"
+_STANDARD = "standardised as in dpnb.data.augment"
 _PHOTOGRAPHS = (
     "ImageNet, the photographs of imagenet2012 (and so of imagenette, imagenet_resized, tiny_imagenet32)"
 )

@@ -8,11 +8,20 @@ import zlib
 
 import numpy as np
 
-from dpnb.data import INSTALL, DataError, command, tfds_or_error
+from dpnb.data.dataset import INSTALL, DataError
+from dpnb.data.tfds import command, tfds_or_error
 
 
 def prepare(name: str, data_dir=None) -> pathlib.Path:
-    """See `dpnb.data.prepare`."""
+    """Downloads CIFAR and prepares it with TFDS's own builder, without TensorFlow; once (a minute).
+
+    The files, version, order and checksum are those that TFDS makes elsewhere (array_record).
+
+    Returns:
+      The directory that was prepared; nothing is done if it exists.
+    Raises:
+      DataError: TFDS is missing, there is no network, or the archive is damaged or not the known one.
+    """
     if name not in ("cifar10", "cifar100"):
         raise DataError(f"only cifar10 and cifar100 are prepared, got {name!r}")
     tfds = tfds_or_error()

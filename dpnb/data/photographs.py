@@ -6,130 +6,32 @@ worker processes, ahead of the device and in bounded memory.  Pillow, TFDS and G
 they are used.
 """
 
-import bisect
-import contextlib
 import dataclasses
 import functools
 import hashlib
-import io
-import itertools
 import json
-import os
 import pathlib
-import threading
 import time
 import warnings
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpnb import augment, sampling
-from dpnb.data import DataError, Dataset, Split, prepared, tfds_or_error
-from dpnb.files import write_whole
-
-READ_AHEAD = 2**31  # bytes of decoded photographs at most, two batches at least
-HASHES = "dpnb/hashes"  # below the user's cache: of files, by size and time of change
-SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-UNREADABLE = -1  # the label of an image that could not be read; its gradient is zero
-
-
-class Source(Protocol):
-    """Encoded images by number. `files` are all that their content comes from."""
-
-    files: list[pathlib.Path]
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> tuple[bytes, int, str]:
-        """(encoded image, label, name)"""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class FolderSource:
-    """ROOT/CLASS/IMAGE; classes may be absent. In an order that is fixed and mixes the classes, so that the
-    first or last so many photographs are of all of them."""
-
-    root: pathlib.Path
-    classes: tuple[str, ...]
-
-    @functools.cached_property
-    def listed(self) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
-        """(photographs in that order, what else lies in the classes' folders and is not hidden)"""
-        photographs, others = [], []
-        for folder in (self.root / name for name in self.classes):
-            for path in folder.iterdir() if folder.is_dir() else ():
-                if path.suffix.lower() in SUFFIXES:
-                    photographs.append(path)
-                elif path.name[0] != ".":
-                    others.append(path)
-        photographs.sort(key=lambda p: hashlib.sha256(f"{p.parent.name}/{p.name}".encode()).digest())
-        return photographs, others
-
-    @property
-    def files(self) -> list[pathlib.Path]:
-        return self.listed[0]
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[bytes, int, str]:
-        path = self.files[index]
-        return path.read_bytes(), self.classes.index(path.parent.name), f"{path.parent.name}/{path.name}"
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class TfdsSource:
-    """One split of a prepared TFDS data set, images left encoded."""
-
-    directory: str
-    split: str
-
-    @functools.cached_property
-    def source(self):
-        tfds = tfds_or_error()
-        builder = tfds.builder_from_directory(self.directory)
-        return builder.as_data_source(self.split, decoders={"image": tfds.decode.SkipDecoding()})
-
-    @functools.cached_property
-    def files(self) -> list[pathlib.Path]:
-        return sorted(p for p in pathlib.Path(self.directory).glob(f"*-{self.split}.*") if p.is_file())
-
-    def __reduce__(self):  # worker processes open it anew
-        return type(self), (self.directory, self.split)
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> tuple[bytes, int, str]:
-        row = self.source[index]
-        name = row.get("file_name", b"")
-        return row["image"], int(row["label"]), name.decode() if isinstance(name, bytes) else str(name)
-
-
-def decode(encoded: bytes, size: int) -> np.ndarray:
-    """The largest centred square of an image, resized to uint8 [size, size, 3] (bicubic, antialiased)."""
-    from PIL import Image
-
-    with Image.open(io.BytesIO(encoded)) as image:
-        image = image.convert("RGB")
-        side = min(image.size)
-        left, top = ((length - side) // 2 for length in image.size)
-        # Cut out first: resizing a box would look beyond its edges.
-        square = image.crop((left, top, left + side, top + side))
-        return np.asarray(square.resize((size, size), Image.Resampling.BICUBIC))
-
-
-def name_unreadable(unreadable, named: set[int] | None = None) -> None:
-    """A warning for each (index, reason) that is not in `named` yet."""
-    named = set() if named is None else named
-    for index, reason in unreadable:
-        if index not in named:
-            named.add(index)
-            warnings.warn(
-                f"image {index} cannot be read and counts as a zero gradient (as wrong where it is evaluated): {reason}",
-                stacklevel=3,
-            )
+from dpnb.data import recipe as recipes
+from dpnb.data.dataset import DataError, Dataset
+from dpnb.data.prefetch import READ_AHEAD, GivenBatches, Plan, cores
+from dpnb.data.sources import (
+    SUFFIXES,
+    UNREADABLE,
+    FolderSource,
+    TfdsSource,
+    class_folders,
+    decode,
+    file_hashes,
+    name_unreadable,
+)
+from dpnb.data.tfds import prepared
 
 
 class Batch(NamedTuple):
@@ -211,7 +113,7 @@ class Photographs:
     def batches(self, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """All photographs in order: (images uint8 [size or fewer, s, s, 3], labels int32), read ahead."""
         parts = [np.arange(a, min(a + size, len(self)), dtype=np.int32) for a in range(0, len(self), size)]
-        for batch in self._ahead(_Parts(parts)):
+        for batch in self._ahead(GivenBatches(parts)):
             name_unreadable(batch.unreadable)
             yield batch.images, batch.labels
 
@@ -224,7 +126,7 @@ class Photographs:
           rows: the part of each that this process reads.
           first: the first update. One that draws nothing has no batches.
         """
-        plan = _Plan(sampler, size, first)
+        plan = Plan(sampler, size, first)
         for number, batch in enumerate(self._ahead(plan, rows)):
             yield plan.step_of(number), batch
 
@@ -245,57 +147,6 @@ class Photographs:
         return iter(ahead)
 
 
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-class _Parts:
-    """Given lists of indices, none of them padding."""
-
-    def __init__(self, parts: list[np.ndarray]):
-        self.parts, self.size = parts, max(map(len, parts), default=1)
-
-    def __len__(self) -> int:
-        return len(self.parts)
-
-    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.parts[number], np.ones(len(self.parts[number]), bool)
-
-
-class _Plan:
-    """The physical batches of a whole run in a row, each update drawn when its turn comes.
-
-    Readers ask for neighbouring numbers in any order, so the last few updates are kept.
-    """
-
-    def __init__(self, sampler, size: int, first: int):
-        self.sampler, self.size, self.first = sampler, size, first
-        self.begins, self.lock = [0], threading.Lock()  # the number of each update's first batch
-        self.parts = functools.lru_cache(maxsize=16)(self._parts)
-
-    def __reduce__(self):
-        return type(self), (self.sampler, self.size, self.first)
-
-    def _parts(self, step: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        return list(sampling.physical_batches(self.sampler.indices(step), self.size))
-
-    def __len__(self) -> int:
-        return 2**62  # as many as anybody asks for
-
-    def step_of(self, number: int) -> int:
-        """The update that physical batch `number` belongs to."""
-        with self.lock:
-            while self.begins[-1] <= number:
-                step = self.first + len(self.begins) - 1
-                self.begins.append(self.begins[-1] + len(self.parts(step)))
-            return self.first + bisect.bisect_right(self.begins, number) - 1
-
-    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        step = self.step_of(number)
-        return self.parts(step)[number - self.begins[step - self.first]]
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class PhotographDataset(Dataset):
     """A data set of `Photographs`; views are squares of `size` pixels."""
@@ -313,8 +164,8 @@ class PhotographDataset(Dataset):
         return (self.size, self.size, 3)
 
     @property
-    def recipe(self) -> augment.Recipe:
-        return augment.photographs(self.size)
+    def recipe(self) -> recipes.Recipe:
+        return recipes.photographs(self.size)
 
     @property
     def fingerprint(self) -> str:
@@ -328,33 +179,6 @@ class PhotographDataset(Dataset):
             digest.update(f"{chosen} of {len(split.source)}, {self.size} pixels".encode())
             digest.update(file_hashes(split.source.files).encode())
         return digest.hexdigest()
-
-
-def file_hashes(files: list[pathlib.Path]) -> str:
-    """One SHA-256 (hex) over names and contents, in this order; those of unchanged files are remembered."""
-    digest, kept = hashlib.sha256(), pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), HASHES)
-    files = sorted(files)
-    for directory, group in itertools.groupby(files, lambda path: path.parent):
-        place = hashlib.sha256(str(directory.absolute()).encode()).hexdigest()[:32]
-        memory = kept.expanduser() / f"{place}.json"
-        try:
-            known = json.loads(memory.read_text())
-        except (OSError, ValueError):
-            known = {}
-        before = len(known)
-        for path in group:
-            stat = path.stat()
-            key = f"{path.name} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
-            if key not in known:
-                with open(path, "rb") as file:
-                    known[key] = hashlib.file_digest(file, "sha256").hexdigest()
-            digest.update(f"{directory.name}/{path.name} {known[key]}\n".encode())
-        if len(known) == before:
-            continue
-        with contextlib.suppress(OSError):  # another process writes the same, or nothing may be written
-            memory.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(memory, json.dumps(known))
-    return digest.hexdigest()
 
 
 def load(
@@ -394,16 +218,12 @@ def load(
     )
 
 
-def _classes(folder: pathlib.Path) -> tuple[str, ...]:
-    return tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")))
-
-
 def _folders(folder: pathlib.Path):
-    classes = _classes(folder / "train")
+    classes = class_folders(folder / "train")
     report = next((folder / s for s in ("val", "validation", "test") if (folder / s).is_dir()), None)
     if report is None:
         raise DataError(f"{folder} needs a folder val (or validation, test) beside train to report on")
-    unknown = {*_classes(report)} - {*classes}
+    unknown = {*class_folders(report)} - {*classes}
     if unknown:
         raise DataError(f"classes of {report} must be those of train, got also {sorted(unknown)[:3]}")
     sources = FolderSource(folder / "train", classes), FolderSource(report, classes)
@@ -434,37 +254,3 @@ def _tfds(name: str, data_dir):
         )
     sources = tuple(TfdsSource(str(builder.data_path), s) for s in ("train", report))
     return sources, tuple(builder.info.features["label"].names)
-
-
-def stand_ins(name: str, root: str | pathlib.Path) -> pathlib.Path:
-    """Where nobody has photographs: a small data set in memory (digits), once written as JPEG files below
-    `root`; returns `root`, the data_dir to load them from."""
-    from dpnb import data
-
-    root = pathlib.Path(root)
-    if not (root / name).exists():
-        write_folders(data.load(name), root / name)
-    return root
-
-
-def write_folders(
-    dataset: Dataset, root: str | pathlib.Path, side: int = 80, limit: int = 400
-) -> pathlib.Path:
-    """A data set in memory as JPEG files ROOT/train/CLASS/n.jpeg and ROOT/val/..., to try the road with.
-
-    Args:
-      side: pixels of the shorter side; the longer one is a quarter longer, of mirrored pixels.
-      limit: images of each split at most.
-    """
-    from PIL import Image
-
-    root = pathlib.Path(root)
-    for which, split in (("train", dataset.train), ("val", dataset.test)):
-        split: Split = split.head(limit)
-        for name in dataset.classes:
-            (root / which / name).mkdir(parents=True, exist_ok=True)
-        for number, (pixels, label) in enumerate(zip(split.images, split.labels, strict=True)):
-            wide = np.pad(pixels, ((0, 0), (pixels.shape[1] // 8,) * 2, (0, 0)), mode="symmetric")
-            image = Image.fromarray(wide).resize((side * wide.shape[1] // wide.shape[0], side))
-            image.save(root / which / dataset.classes[label] / f"{number:05}.jpeg", quality=95)
-    return root

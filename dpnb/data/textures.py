@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpnb.data import Dataset, Split
+from dpnb.data.dataset import Dataset, Split
 
 SIZE = 32
 FAMILIES = ("dead leaves", "random phase", "wavelets")

@@ -1,0 +1,63 @@
+"""Which physical batches are read ahead of the device, and by how many threads."""
+
+import bisect
+import functools
+import os
+import threading
+
+import numpy as np
+
+from dpnb import sampling
+
+READ_AHEAD = 2**31  # bytes of decoded photographs at most, two batches at least
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+class GivenBatches:
+    """Given lists of indices, none of them padding."""
+
+    def __init__(self, parts: list[np.ndarray]):
+        self.parts, self.size = parts, max(map(len, parts), default=1)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.parts[number], np.ones(len(self.parts[number]), bool)
+
+
+class Plan:
+    """The physical batches of a whole run in a row, each update drawn when its turn comes.
+
+    Readers ask for neighbouring numbers in any order, so the last few updates are kept.
+    """
+
+    def __init__(self, sampler, size: int, first: int):
+        self.sampler, self.size, self.first = sampler, size, first
+        self.begins, self.lock = [0], threading.Lock()  # the number of each update's first batch
+        self.parts = functools.lru_cache(maxsize=16)(self._parts)
+
+    def __reduce__(self):
+        return type(self), (self.sampler, self.size, self.first)
+
+    def _parts(self, step: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        return list(sampling.physical_batches(self.sampler.indices(step), self.size))
+
+    def __len__(self) -> int:
+        return 2**62  # as many as anybody asks for
+
+    def step_of(self, number: int) -> int:
+        """The update that physical batch `number` belongs to."""
+        with self.lock:
+            while self.begins[-1] <= number:
+                step = self.first + len(self.begins) - 1
+                self.begins.append(self.begins[-1] + len(self.parts(step)))
+            return self.first + bisect.bisect_right(self.begins, number) - 1
+
+    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        step = self.step_of(number)
+        return self.parts(step)[number - self.begins[step - self.first]]

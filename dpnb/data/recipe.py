@@ -1,0 +1,36 @@
+"""How images become what a network reads: statistics, and the size of a crop."""
+
+import dataclasses
+
+# Statistics of the CIFAR-10 training images on the scale [0, 1].  The paper's code uses them
+# for CIFAR-100 and SVHN too.  They depend on the data and are not covered by the guarantee.
+MEAN = (0.49139968, 0.48215841, 0.44653091)
+STD = (0.24703223, 0.24348513, 0.26158784)
+ENLARGED = 1.2  # how much larger than its crop a photograph is
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How images become what a network reads (paper, appendix on data, and its code).
+
+    mean, std: of each colour on the scale [0, 1].
+    crop: 0 where a view is the whole image moved by up to 4 pixels, beyond its mirrored edges; else views
+      are squares of that many pixels inside a larger image, whose sides are `enlarged`.
+    """
+
+    mean: tuple[float, float, float] = MEAN
+    std: tuple[float, float, float] = STD
+    crop: int = 0
+
+    @property
+    def enlarged(self) -> int:
+        """Pixels of a side before a random crop: 268 for 224."""
+        return int(self.crop * ENLARGED)
+
+
+SMALL_IMAGES = Recipe()
+
+
+def photographs(size: int) -> Recipe:
+    """Views of size x size pixels, standardised with the statistics that everybody uses for ImageNet."""
+    return Recipe((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), size)
