@@ -28,10 +28,10 @@ import numpy as np
 from clipped_gradient import compiled, network, off, textbook
 
 from dpnb import cost, experiments
-from dpnb.clipping import clipped_grad
-from dpnb.convolution import FORMULATIONS, formulation
 from dpnb.data import Dataset, Split, augment
 from dpnb.data import load as load_data
+from dpnb.gradients.clipping import clipped_grad
+from dpnb.gradients.convolution import FORMULATIONS, formulation
 from dpnb.update import draw_noise, make_trainer, one_update, step_key
 
 # name: (compute dtype, precision of matrix products)

@@ -6,9 +6,9 @@ import time
 import jax
 import jax.numpy as jnp
 
-from dpnb.clipping import choose_form
 from dpnb.data import Dataset
 from dpnb.experiments.experiment import Experiment
+from dpnb.gradients.clipping import choose_form
 from dpnb.update import Trainer, call_size, device_memory, draw_noise, make_trainer, memory_limit, step_key
 
 
@@ -104,7 +104,7 @@ def physical_batch_size(trainer: Trainer) -> int:
 
     CPU: `call_size` (benchmarks/clipped_gradient.py).  Accelerators: the largest power of two,
     up to 4096 views, whose footprint fits 60 % of the free memory and whose gradients can be kept
-    (`dpnb.clipping.choose_form`) where they are at a small size; the footprint is XLA's at two small
+    (`dpnb.gradients.clipping.choose_form`) where they are at a small size; the footprint is XLA's at two small
     sizes, continued as a straight line.
     """
     experiment, device = trainer.experiment, jax.devices()[0]

@@ -1,6 +1,6 @@
 """The Gaussian noise of one update: sampled exactly, rounded once to the grid on which gradients are summed.
 
-Clipped gradients are integers in units of sensitivity / 2^bits (see `dpnb.clipping`), and so are their sum
+Clipped gradients are integers in units of sensitivity / 2^bits (see `dpnb.gradients.clipping`), and so are their sum
 and the noise. Rounding to whole units commutes with adding whole units, so that
 
     sum + round(Z) = round(sum + Z),    Z ~ Normal(0, std^2) real, independent in every coordinate:

@@ -18,11 +18,11 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from dpnb import sampling
-from dpnb.clipping import ClippedGrad, choose_form, clipped_grad
 from dpnb.data import Dataset, augment
 from dpnb.data.recipe import Recipe
 from dpnb.experiments.experiment import Experiment
 from dpnb.feeding import Resident, Streamed, make_feed
+from dpnb.gradients.clipping import ClippedGrad, choose_form, clipped_grad
 from dpnb.hosts import from_first
 from dpnb.models import NFNet, NFResNet, ScatterLinear, WideResNet, functional, pretrained, transfer
 from dpnb.models.wide_resnet import norm_then_relu, relu_then_norm

@@ -15,8 +15,8 @@ from flax import nnx
 from scipy import stats
 
 from dpnb import audit, privacy, update
-from dpnb.clipping import ClippedGrad
 from dpnb.data import Dataset, Split
+from dpnb.gradients.clipping import ClippedGrad
 from dpnb.noise import GridNoise, grid_bits
 
 RUNS, SIGMA, Q, DELTA, CANARY, N = 3000, 1.0, 0.5, 1e-2, 0, 8

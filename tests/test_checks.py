@@ -16,10 +16,10 @@ from scipy import stats
 
 from dpnb import checks, update
 from dpnb.checks import UnsoundTrainer, check_trainer
-from dpnb.clipping import ClippedGrad
 from dpnb.data import load
 from dpnb.data.stand_ins import write_folders
 from dpnb.features import FeatureDataset, FeatureSplit
+from dpnb.gradients.clipping import ClippedGrad
 from dpnb.models.layers import Conv
 from dpnb.noise import GridNoise
 from dpnb.sampling import Poisson

@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from dpnb.clipping import clipped_grad
-from dpnb.convolution import FORMULATIONS, conv_general_dilated, formulation
+from dpnb.gradients.clipping import clipped_grad
+from dpnb.gradients.convolution import FORMULATIONS, conv_general_dilated, formulation
 from dpnb.models import WideResNet, functional
 from dpnb.models.layers import Conv
 from dpnb.models.wide_resnet import Block

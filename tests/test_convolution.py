@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 from jax import lax
 
-from dpnb.batching import per_example
-from dpnb.convolution import FORMULATIONS, conv_general_dilated, formulation
+from dpnb.gradients.batching import per_example
+from dpnb.gradients.convolution import FORMULATIONS, conv_general_dilated, formulation
 
 pytestmark = pytest.mark.usefixtures("strict_ranks")
 TOLERANCE = 1e-13

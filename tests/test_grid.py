@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpnb.clipping import FORMS, clipped_grad
+from dpnb.gradients.clipping import FORMS, clipped_grad
 
 BITS = 18
 

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from test_clipping import jit
 
-from dpnb.clipping import clipped_grad
+from dpnb.gradients.clipping import clipped_grad
 from dpnb.models import functional
 from dpnb.models.checks import check_independent
 from dpnb.models.nf_resnet import NFResNet, expected_stds, scaled_relu

@@ -10,8 +10,8 @@ import pytest
 import tiny
 
 from dpnb import data, features, training
-from dpnb.clipping import clipped_grad
 from dpnb.experiments import Experiment
+from dpnb.gradients.clipping import clipped_grad
 from dpnb.models import ScatterLinear, functional, scattering
 
 RANDOM = np.random.default_rng(0)

@@ -24,7 +24,8 @@ from test_clipping import (
     setup,
 )
 
-from dpnb.clipping import FORMS, ClippedGrad, choose_form, clipped_grad
+from dpnb.experiments import experiment
+from dpnb.gradients.clipping import FORMS, ClippedGrad, choose_form, clipped_grad
 from dpnb.models import WideResNet, functional
 from dpnb.models.layers import Conv
 from dpnb.models.nf_resnet import NFResNet
@@ -32,6 +33,12 @@ from dpnb.models.nfnet import NFNet
 
 pytestmark = pytest.mark.usefixtures("strict_ranks")
 two_pass = functools.partial(clipped_grad, form="two-pass")
+
+
+def test_an_experiment_can_ask_for_every_form():
+    assert ("auto", *FORMS) == experiment.FORMS
+
+
 both_forms = pytest.mark.parametrize("form", FORMS)
 
 NETWORKS = {

@@ -1,7 +1,7 @@
 """K random views of one image, on the device (augmentation multiplicity, paper section 3.2).
 
 Under DP-SGD the K views of an example share one clipped gradient, so that augmentation costs
-no privacy: `dpnb.clipping.clipped_grad` takes the mean of the loss over them before it clips.
+no privacy: `dpnb.gradients.clipping.clipped_grad` takes the mean of the loss over them before it clips.
 """
 
 import jax

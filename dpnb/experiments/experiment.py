@@ -6,11 +6,10 @@ import json
 import math
 import re
 
-from dpnb import clipping
 from dpnb.privacy import ACCOUNTANTS, SAMPLERS, SMALLEST_CLIP_NORM, Mechanism
 
 NETWORKS = ("wrn", "scatter-linear", "nf-resnet", "nf-resnet-timm", "nfnet-f0", "nfnet-f1", "nfnet-f3")
-FORMS = ("auto", *clipping.FORMS)
+FORMS = ("auto", "materialised", "two-pass")  # of the clipped gradient, see `dpnb.gradients.clipping`
 SCHEDULES = ("constant", "cosine")
 # Fields younger than the first records: at these values they leave an experiment what it was.
 LATER = {"schedule": "constant", "pretrained": "", "trainable": "all", "image_size": 0}
@@ -55,7 +54,7 @@ class Experiment:
       compute_dtype: "float32" or "bfloat16"; clipping, sums and noise are float32 always.
       seed: of everything random. None draws a secret one, which no record shows.
       physical_batch_size: examples per device and call; None fits it to the memory.
-      form: of the clipped-gradient core, see `dpnb.clipping`; "auto" decides by memory. The result
+      form: of the clipped-gradient core, see `dpnb.gradients.clipping`; "auto" decides by memory. The result
         is the same but for rounding.
       remat: recompute residual blocks in the backward pass (NF-ResNets, NFNets): less memory, more time.
       shard: divide parameters, averages, optimizer and noise over the devices, where a copy on each does

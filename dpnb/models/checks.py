@@ -22,7 +22,7 @@ def check_independent(model: nnx.Module, inputs: jax.Array, *, tolerance: float 
     statistics carry one batch into the next.  Random streams and sown intermediates may
     move: they depend on no example or end with the call.  `model` itself is not changed.
 
-    A model that passes means the same inside `dpnb.clipping.clipped_grad`, which calls it
+    A model that passes means the same inside `dpnb.gradients.clipping.clipped_grad`, which calls it
     on the views of a single example, and in evaluation, which calls it on whole batches.
 
     Args:

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dpnb.batching import per_example
-from dpnb.convolution import conv_general_dilated
+from dpnb.gradients.batching import per_example
+from dpnb.gradients.convolution import conv_general_dilated
 
 Dtype = jax.typing.DTypeLike
 
@@ -56,7 +56,7 @@ class Conv(nnx.Module):
     below than above, or "symmetric" as in PyTorch: (kernel_size - 1) / 2 on every side. With `groups`, channels are convolved group by group; both numbers of features must divide into them.
 
     Kernel ~ Normal(0, 1 / fan_in), untruncated; gain 1, bias 0 (the authors' released code).
-    Per-example weight gradients are fast, see `dpnb.convolution`.
+    Per-example weight gradients are fast, see `dpnb.gradients.convolution`.
     """
 
     def __init__(

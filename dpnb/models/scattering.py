@@ -163,7 +163,7 @@ def linear(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
     """inputs [batch, features] times kernel [classes, features] -> [batch, classes].
 
     The gradient of a single row is written as a product, not as a matrix multiplication: XLA then
-    never stores it, but fuses it into the norm and the clipped sum of `dpnb.clipping`.
+    never stores it, but fuses it into the norm and the clipped sum of `dpnb.gradients.clipping`.
     """
     return inputs @ kernel.T
 

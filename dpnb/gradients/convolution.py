@@ -4,7 +4,7 @@
 grouped convolution, which every backend runs slowly.  Here only that one operation
 gets its own batching rule (`jax.custom_batching.custom_vmap`); user code stays
 `vmap(grad(loss))` and the numbers stay exact.  Pass `conv_general_dilated` to any
-Flax convolution: `nnx.Conv(..., conv_general_dilated=dpnb.convolution.conv_general_dilated)`.
+Flax convolution: `nnx.Conv(..., conv_general_dilated=dpnb.gradients.convolution.conv_general_dilated)`.
 
 Which formulation is fastest differs by backend and by shape, so the rule is switchable:
 

@@ -121,7 +121,9 @@ class ClippedGrad:
         factor = self._factor(jnp.where(used, norms, 1.0))
         few = jax.default_backend() == "cpu" and len(norms) <= FEW
 
-        def add(total, g, factor, used):  # kernels of convolutions come one by one, see `dpnb.batching`
+        def add(
+            total, g, factor, used
+        ):  # kernels of convolutions come one by one, see `dpnb.gradients.batching`
             adder = _add_one_by_one if few and g.ndim > 3 else _add_reduced
             return adder(total, g, factor, used)
 

@@ -11,7 +11,7 @@ def per_example(f: Callable) -> Callable:
 
     XLA:CPU batches weight gradients badly but runs the single ones at full speed, and it
     removes the stack again where each example is consumed on its own (as
-    `dpnb.clipping` does).  Other backends keep the ordinary `vmap`.  The numbers agree
+    `dpnb.gradients.clipping` does).  Other backends keep the ordinary `vmap`.  The numbers agree
     to rounding.  `f` takes and returns pytrees of arrays and is not differentiated again.
     """
 

@@ -1,0 +1,10 @@
+"""Clipped per-example gradients for any JAX model: views, clipping, sums. It can be used without the rest of dpnb."""
+
+from dpnb.gradients.batching import per_example
+from dpnb.gradients.clipping import FORMS, ClippedGrad, choose_form, clipped_grad
+from dpnb.gradients.convolution import FORMULATIONS, conv_general_dilated, formulation
+
+__all__ = [
+    "FORMS", "FORMULATIONS", "ClippedGrad", "choose_form", "clipped_grad", "conv_general_dilated", "formulation",
+    "per_example",
+]  # fmt: skip
