@@ -29,7 +29,7 @@ import numpy as np
 from scipy import optimize, stats
 
 from dpnb import update
-from dpnb.sampling import Poisson, Shuffle, physical_batches
+from dpnb.privacy.sampling import Poisson, Shuffle, physical_batches
 from dpnb.update import Trainer
 
 CHUNK = 500  # runs side by side

@@ -11,7 +11,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from dpnb.files import write_whole
-from dpnb.randomness import secret_seed
+from dpnb.privacy.randomness import secret_seed
 
 
 class Checkpoints:

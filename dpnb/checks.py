@@ -147,7 +147,7 @@ def _drawn(draws: list, std: float) -> Iterator[Finding]:
         wrong.append(f"its distribution is {off:.2g} off the Gaussian one")
     yield (
         not wrong,
-        f"noise: {', '.join(wrong)}; draw all of it, for the sum (see dpnb.noise.GridNoise)"
+        f"noise: {', '.join(wrong)}; draw all of it, for the sum (see dpnb.privacy.noise.GridNoise)"
         if wrong
         else f"noise: Gaussian of the right scale in every leaf ({numbers.sum():,} numbers)",
     )

@@ -7,10 +7,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dpnb import sampling
 from dpnb.data import Dataset
 from dpnb.data.photographs import Photographs
 from dpnb.data.sources import name_unreadable
+from dpnb.privacy import sampling
 from dpnb.sharding import put, rows, whole
 
 

@@ -9,7 +9,7 @@ import pathlib
 from typing import Any
 
 from dpnb.files import private_folder
-from dpnb.randomness import random_bytes
+from dpnb.privacy.randomness import random_bytes
 
 TAG = "release"  # of notebook cells whose printed text may be published
 RECORD, FULL_RECORD = "result.json", "full-result.json"

@@ -14,9 +14,9 @@ import jax
 import numpy as np
 
 from dpnb.hosts import by_first
-from dpnb.ledger import BudgetExceeded, Ledger, SharedNoise
 from dpnb.privacy import Mechanism
-from dpnb.randomness import derived_seed
+from dpnb.privacy.ledger import BudgetExceeded, Ledger, SharedNoise
+from dpnb.privacy.randomness import derived_seed
 from dpnb.sharding import gathered
 from dpnb.update import Seen, State, Trainer, one_update, reseeded
 

@@ -23,7 +23,7 @@ from dpnb.consistency import MALFORMED, LeftOut, changed, in_words, misfit, nois
 from dpnb.data import Dataset
 from dpnb.experiments import imagenet, literature
 from dpnb.files import private_folder, write_whole
-from dpnb.statement import privacy_statement
+from dpnb.privacy.statement import privacy_statement
 from dpnb.training import Run
 
 WITHIN = 1.0  # points: re-runs of one setting spread by 0.8 to 0.9

@@ -34,11 +34,11 @@ from dpnb.experiments.experiment import Experiment
 from dpnb.files import private_folder
 from dpnb.hosts import any_process, by_first, from_first
 from dpnb.identity import code, computation
-from dpnb.ledger import Ledger
 from dpnb.models import pretrained
 from dpnb.models.checks import check_independent
+from dpnb.privacy.ledger import Ledger
+from dpnb.privacy.randomness import derived_seed
 from dpnb.progress import Progress
-from dpnb.randomness import derived_seed
 from dpnb.replay import Payer, digest, stream_name
 from dpnb.sharding import gathered
 from dpnb.update import Seen, Trainer, call_size, check_noise, make_model, make_trainer, memory_limit

@@ -17,7 +17,6 @@ import optax
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from dpnb import sampling
 from dpnb.data import Dataset, augment
 from dpnb.data.recipe import Recipe
 from dpnb.experiments.experiment import Experiment
@@ -26,8 +25,9 @@ from dpnb.gradients.clipping import ClippedGrad, choose_form, clipped_grad
 from dpnb.hosts import from_first
 from dpnb.models import NFNet, NFResNet, ScatterLinear, WideResNet, functional, pretrained, transfer
 from dpnb.models.wide_resnet import norm_then_relu, relu_then_norm
-from dpnb.noise import GridNoise, grid_bits
-from dpnb.randomness import random_bytes
+from dpnb.privacy import sampling
+from dpnb.privacy.noise import GridNoise, grid_bits
+from dpnb.privacy.randomness import random_bytes
 from dpnb.sharding import AXIS, placed, put, rows, whole
 
 PyTree = Any

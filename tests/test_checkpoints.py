@@ -18,8 +18,8 @@ from flax import nnx
 
 from dpnb import checkpoints, replay, training
 from dpnb.identity import computation
-from dpnb.ledger import Ledger, LedgerError
 from dpnb.privacy import PrivacyBudget
+from dpnb.privacy.ledger import Ledger, LedgerError
 
 
 def train(directory, **options):
@@ -72,7 +72,8 @@ KILLED = """
 import os, signal, sys
 import jax
 import tiny
-from dpnb import checkpoints, ledger, replay, training
+from dpnb import checkpoints, replay, training
+from dpnb.privacy import ledger
 
 directory, where = sys.argv[1:]
 die = lambda: os.kill(os.getpid(), signal.SIGKILL)

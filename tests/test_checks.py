@@ -21,8 +21,8 @@ from dpnb.data.stand_ins import write_folders
 from dpnb.features import FeatureDataset, FeatureSplit
 from dpnb.gradients.clipping import ClippedGrad
 from dpnb.models.layers import Conv
-from dpnb.noise import GridNoise
-from dpnb.sampling import Poisson
+from dpnb.privacy.noise import GridNoise
+from dpnb.privacy.sampling import Poisson
 
 
 def make(devices: int = 1, model=None, optimizer=None, data=None, **changes) -> update.Trainer:

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import pytest
 import shared_runs
 
-from dpnb import cost, ledger, update
+from dpnb import cost, update
 from dpnb.experiments import Experiment
+from dpnb.privacy import ledger
 
 
 @pytest.fixture(autouse=True)

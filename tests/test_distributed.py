@@ -28,7 +28,7 @@ jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank, initialization_timeout=
 import numpy as np
 import tiny
 from dpnb import data, training
-from dpnb.ledger import Ledger
+from dpnb.privacy.ledger import Ledger
 from dpnb.update import make_trainer, one_update
 trainer = make_trainer(tiny.experiment(augmult=1), tiny.data(), seed=5, model=tiny.Linear(), physical_batch_size=4)
 state = trainer.state

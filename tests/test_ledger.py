@@ -16,16 +16,10 @@ import sys
 import numpy as np
 import pytest
 
-from dpnb import ledger as module
 from dpnb import privacy
-from dpnb.ledger import (
-    BudgetExceeded,
-    Ledger,
-    LedgerError,
-    LedgerLocked,
-    SharedNoise,
-)
 from dpnb.privacy import Mechanism, MissingAccountant, PrivacyBudget, epsilon, events_from_json
+from dpnb.privacy import ledger as module
+from dpnb.privacy.ledger import BudgetExceeded, Ledger, LedgerError, LedgerLocked, SharedNoise
 from dpnb.replay import stream_name
 
 DELTA = 1e-5
@@ -457,7 +451,7 @@ class TestCrash:
         path = tmp_path / "ledger.jsonl"
         code = f"""
 import itertools
-from dpnb.ledger import Ledger
+from dpnb.privacy.ledger import Ledger
 from dpnb.privacy import Mechanism, PrivacyBudget
 ledger = Ledger({str(path)!r}, PrivacyBudget(float("inf"), 1e-5))
 for step in itertools.count():

@@ -9,9 +9,9 @@ import pytest
 import tiny
 from scipy import stats
 
-from dpnb import noise
-from dpnb.noise import GridNoise, grid_bits, rounded_gaussian
-from dpnb.randomness import random_bytes
+from dpnb.privacy import noise
+from dpnb.privacy.noise import GridNoise, grid_bits, rounded_gaussian
+from dpnb.privacy.randomness import random_bytes
 from dpnb.update import draw_noise, make_trainer, root_key, step_key
 
 N = 20_000

@@ -14,12 +14,13 @@ import tiny
 from flax import nnx
 from PIL import Image
 
-from dpnb import data, sampling, training, update
+from dpnb import data, training, update
 from dpnb.data import DataError, Dataset, Split, photographs, sources, stand_ins
 from dpnb.data.augment import views
 from dpnb.data.photographs import Photographs
 from dpnb.data.recipe import photographs as recipe_for
 from dpnb.evaluation import make_evaluate
+from dpnb.privacy import sampling
 
 SIZE = 8
 

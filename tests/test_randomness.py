@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 
-from dpnb.randomness import derived_seed, random_bytes, secret_seed
+from dpnb.privacy.randomness import derived_seed, random_bytes, secret_seed
 
 
 def test_derived_seeds_are_fresh_where_anything_differs():

@@ -17,8 +17,8 @@ import pytest
 import tiny
 
 from dpnb import checkpoints, privacy, replay, training, update
-from dpnb.ledger import Ledger, LedgerLocked
-from dpnb.noise import GridNoise
+from dpnb.privacy.ledger import Ledger, LedgerLocked
+from dpnb.privacy.noise import GridNoise
 from dpnb.replay import Payer, digest
 
 E = tiny.experiment(augmult=1, eval_every=3)

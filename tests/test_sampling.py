@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dpnb.sampling import Poisson, Shuffle, physical_batches
+from dpnb.privacy.sampling import Poisson, Shuffle, physical_batches
 
 N, Q, STEPS = 20, 0.3, 4000
 

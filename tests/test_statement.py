@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from dpnb import statement as module
 from dpnb.privacy import Mechanism, epsilon
-from dpnb.statement import privacy_statement
+from dpnb.privacy import statement as module
+from dpnb.privacy.statement import privacy_statement
 
 DELTA = 1e-5
 

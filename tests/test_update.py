@@ -10,9 +10,9 @@ import pytest
 import tiny
 from flax import nnx
 
-from dpnb import sampling
 from dpnb.data.augment import views
 from dpnb.models import functional
+from dpnb.privacy import sampling
 from dpnb.update import draw_noise, inputs, make_trainer, one_update, step_key
 
 

@@ -121,7 +121,7 @@ class Photographs:
         """Physical batches of the updates first, first + 1, ... without end: (update, batch), read ahead.
 
         Args:
-          sampler: `indices(step)`, see `dpnb.sampling`.
+          sampler: `indices(step)`, see `dpnb.privacy.sampling`.
           size: examples in a physical batch, over all processes.
           rows: the part of each that this process reads.
           first: the first update. One that draws nothing has no batches.

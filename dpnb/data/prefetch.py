@@ -7,7 +7,7 @@ import threading
 
 import numpy as np
 
-from dpnb import sampling
+from dpnb.privacy import sampling
 
 READ_AHEAD = 2**31  # bytes of decoded photographs at most, two batches at least
 

@@ -248,7 +248,7 @@ def clipped_grad(
 
     With `grid_bits` the sum is one of integers: each clipped gradient is rounded towards zero, which never
     lengthens it, to multiples of sensitivity / 2^grid_bits, and added up in int32. Integers add up to the
-    same whatever their order and the number of devices, and the sensitivity is exact; `dpnb.noise` says
+    same whatever their order and the number of devices, and the sensitivity is exact; `dpnb.privacy.noise` says
     why the noise is then that of the accountant. Gradients are clipped to 1 - 2^-13 of the clip norm
     there, more than floats can err about a norm (`_squares`).
 
@@ -280,7 +280,7 @@ def clipped_grad(
         XLA:CPU orders operations for speed, and gives back more memory when compiled with
         `xla_cpu_scheduler_type="CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"` among `compiler_options`.
       grid_bits: None for a sum of floats, else 0 to 24: integers in units of sensitivity / 2^grid_bits. Sums
-        beyond 31 bits wrap around, see `dpnb.noise.grid_bits`.
+        beyond 31 bits wrap around, see `dpnb.privacy.noise.grid_bits`.
     Returns:
       A function `(params, examples, mask=None, total=None) -> (sum, NonPrivate)` that can be
       jitted; its `.sensitivity` is the l2 sensitivity of the sum.

@@ -15,15 +15,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from dpnb.files import sync_folder
-from dpnb.privacy import (
-    ACCOUNTANTS,
-    Mechanism,
-    MissingAccountant,
-    PrivacyBudget,
-    affordable_steps,
-    compose,
-    epsilon,
-)
+from dpnb.privacy.accounting import ACCOUNTANTS, epsilon
+from dpnb.privacy.calibration import affordable_steps
+from dpnb.privacy.mechanism import Mechanism, MissingAccountant, PrivacyBudget, compose
 
 VERSION = 2  # of the file
 _MECHANISM = {field.name for field in dataclasses.fields(Mechanism)}

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from dpnb.randomness import random_bytes
+from dpnb.privacy.randomness import random_bytes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dpnb.randomness import random_bytes
+from dpnb.privacy.randomness import random_bytes
 
 MOST_BITS = 20
 REACH = 16  # standard deviations; |Z| beyond has probability 1e-57, over all samples of a run below 1e-46
@@ -96,7 +96,7 @@ def rounded_gaussian(n: int, std: int, seed: int, *label: int | str) -> np.ndarr
     Args:
       n: number of samples.
       std: standard deviation, a multiple of 8 below 2^31.
-      seed, label: of the random bits, see `dpnb.randomness`.
+      seed, label: of the random bits, see `dpnb.privacy.randomness`.
     """
     if std % BINS or not 0 < std < 2**31:
         raise ValueError(f"std must be a positive multiple of {BINS} below 2^31, got {std}")

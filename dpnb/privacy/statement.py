@@ -5,16 +5,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpnb.privacy import (
-    ACCOUNTANTS,
-    NEIGHBOURS,
-    DeltaTooSmall,
-    Mechanism,
-    MissingAccountant,
-    compose,
-    counts_from_json,
-    epsilon,
-)
+from dpnb.privacy.accounting import ACCOUNTANTS, DeltaTooSmall, epsilon
+from dpnb.privacy.mechanism import NEIGHBOURS, Mechanism, MissingAccountant, compose, counts_from_json
 
 
 def privacy_statement(

@@ -1,0 +1,33 @@
+"""Privacy: samplers, exact noise, the accountant, calibration, the ledger, and what a run promises in words.
+
+Nothing here needs JAX but `dpnb.privacy.noise`, which is imported by its own name. dp-accounting is imported only
+when a number is computed, so that a machine without it can train.
+"""
+
+from dpnb.privacy.accounting import ACCOUNTANTS, PLD_INTERVAL, DeltaTooSmall, epsilon, epsilon_curve
+from dpnb.privacy.calibration import MOST_STEPS, affordable_steps, calibrate_noise, calibrate_steps
+from dpnb.privacy.ledger import BudgetExceeded, Ledger, LedgerError, LedgerLocked, SharedNoise
+from dpnb.privacy.mechanism import (
+    LARGEST_CLIP_NORM,
+    NEIGHBOURS,
+    SAMPLERS,
+    SMALLEST_CLIP_NORM,
+    Mechanism,
+    MissingAccountant,
+    PrivacyBudget,
+    compose,
+    counts_from_json,
+    events_from_json,
+    warn_if_delta_is_large,
+)
+from dpnb.privacy.randomness import derived_seed
+from dpnb.privacy.sampling import Poisson, Shuffle, physical_batches
+from dpnb.privacy.statement import privacy_statement
+
+__all__ = [
+    "ACCOUNTANTS", "LARGEST_CLIP_NORM", "MOST_STEPS", "NEIGHBOURS", "PLD_INTERVAL", "SAMPLERS", "SMALLEST_CLIP_NORM", "BudgetExceeded",
+    "DeltaTooSmall", "Ledger", "LedgerError", "LedgerLocked", "Mechanism", "MissingAccountant", "Poisson",
+    "PrivacyBudget", "SharedNoise", "Shuffle", "affordable_steps", "calibrate_noise", "calibrate_steps", "compose",
+    "counts_from_json", "derived_seed", "epsilon", "epsilon_curve", "events_from_json", "physical_batches",
+    "privacy_statement", "warn_if_delta_is_large",
+]  # fmt: skip
