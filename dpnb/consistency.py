@@ -20,7 +20,6 @@ Record = dict[str, Any]
 Check = tuple[bool | None, str]  # does it agree (None: it could not be checked), and what was compared
 
 VERSIONS = 1e-3  # relative difference of an epsilon between two versions of an accountant
-COARSE = 1e-3  # grid of the privacy loss for tables: a tenth of the time, epsilon at most a thousandth higher
 # Training and test images of the public data sets, as far as they come in one size.
 SIZES = {
     "cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000), "digits": (1500, 297), "textures": (60_000, 3000),
@@ -60,7 +59,7 @@ def misfit(record: Record) -> str:
     """
     try:
         wrong = [text for agrees, text in cheap(record) if agrees is False]
-        wrong = wrong or [text for agrees, text in accounted(record, COARSE) if agrees is False]
+        wrong = wrong or [text for agrees, text in accounted(record, coarse=True) if agrees is False]
     except MALFORMED as error:
         return f"{type(error).__name__}: {error}"
     return "; ".join(wrong)
@@ -182,30 +181,34 @@ def _accuracies(record: Record, e: Experiment) -> list[Check]:
     return made
 
 
-def accounted(record: Record, interval: float | None = None) -> list[Check]:
+def accounted(record: Record, coarse: bool = False) -> list[Check]:
     """Epsilons of the ledger, and that they are within the budget.
 
     Args:
-      interval: grid of PLD accounting for a first look, None for the exact one alone.
+      coarse: a quick look first, and the exact bound only if they differ.
     """
     p, counts = record["privacy"], privacy.counts_from_json(record["ledger"])
+    privacy.find_accountant(p["calibrated_with"])
     made, target = [], _number(p["epsilon_target"])
 
     def compare(what, said, charged, accountant):
         """Appends whether they agree; returns the epsilon to go by, None if it is not known."""
         try:
-            found = _epsilon(charged, p["delta"], accountant, interval)
-            if interval and not _near(said, found):
-                found = _epsilon(charged, p["delta"], accountant, None)
+            found = _epsilon(charged, p["delta"], accountant, coarse)
+            if coarse and not _near(said, found):
+                found = _epsilon(charged, p["delta"], accountant, False)
         except (privacy.MissingAccountant, privacy.DeltaTooSmall) as error:
             made.append((None, f"{what} {said} was not recomputed: {error}"))
             return said
         absent = said is None and found < math.inf  # recorded where no accountant was installed
         made.append((None if absent else _near(said, found), f"{what} {said}, from the ledger {found}"))
-        return said if interval and said is not None and _near(said, found) else found
+        return said if coarse and said is not None and _near(said, found) else found
 
     for accountant in privacy.ACCOUNTANTS:
         what = f"epsilon ({accountant.upper()})"
+        if f"epsilon_{accountant}" not in p and accountant != p["calibrated_with"]:
+            made.append((None, f"{what} is not in this record, so that nothing stands to be compared"))
+            continue
         spent = compare(what, p[f"epsilon_{accountant}"], counts, accountant)
         if accountant == p["calibrated_with"] and spent is not None:
             text = f"{what} {spent} is spent, of a budget of {target}"
@@ -223,22 +226,15 @@ def _near(said: float | None, found: float) -> bool:
     return math.isclose(_number(said), found, rel_tol=VERSIONS)
 
 
-def _epsilon(counts, delta: float, accountant: str, interval: float | None) -> float:
-    return _cached(tuple(counts.items()), delta, accountant, interval if accountant == "pld" else None)
+def _epsilon(counts, delta: float, accountant: str, coarse: bool) -> float:
+    return _cached(tuple(counts.items()), delta, accountant, coarse)
 
 
 @functools.lru_cache(maxsize=4096)
-def _cached(counts, delta: float, accountant: str, interval: float | None) -> float:
-    event = privacy.compose(dict(counts))
-    noise = [mechanism.noise_multiplier for mechanism, _ in counts]
-    if interval is None or min(noise, default=0) < 0.15:  # which takes PLD long on any grid
-        return privacy.epsilon(event, min(1, len(counts)), delta, accountant)
-    import dp_accounting
-    from dp_accounting.pld import PLDAccountant
-
-    relation = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
-    account = PLDAccountant(relation, value_discretization_interval=interval)
-    return float(account.compose(event).get_epsilon(delta))
+def _cached(counts, delta: float, accountant: str, coarse: bool) -> float:
+    return privacy.epsilon(
+        privacy.compose(dict(counts)), min(1, len(counts)), delta, accountant, coarse=coarse
+    )
 
 
 def changed(record: Record) -> dict[str, tuple[Any, Any]]:

@@ -33,7 +33,7 @@ PACKAGES = ("dpnb", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "dp-ac
 def record(run: Run, data: Dataset) -> dict[str, Any]:
     """One run as plain JSON values; `recompute_epsilon` can check its privacy from itself.
 
-    Epsilons are recomputed from the ledger, under PLD and RDP, at the experiment's delta;
+    Epsilons are recomputed from the ledger, under each accountant, at the experiment's delta;
     None where the accountant is not installed (recompute later) and for infinity. A secret
     seed (`seed=None`) is not in it, but hashes and exact statistics of the training data are:
     `release.record` is what may be published.
@@ -44,8 +44,7 @@ def record(run: Run, data: Dataset) -> dict[str, Any]:
         "preset": e.preset,
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "privacy": {
-            "epsilon_pld": recompute_epsilon(run.events, e.delta, "pld"),
-            "epsilon_rdp": recompute_epsilon(run.events, e.delta, "rdp"),
+            **{f"epsilon_{a}": recompute_epsilon(run.events, e.delta, a) for a in privacy.ACCOUNTANTS},
             "epsilon_target": finite(e.epsilon),
             "epsilon_is": mechanism.claim,
             "delta": e.delta,
@@ -219,8 +218,8 @@ def row(result: dict[str, Any]) -> str:
     p, paper = result["privacy"], result["paper"]
     epsilons = ", ".join(
         f"{name.upper()} {p[f'epsilon_{name}']:.3f}"
-        for name in ("pld", "rdp")
-        if p[f"epsilon_{name}"] is not None
+        for name in privacy.ACCOUNTANTS
+        if p.get(f"epsilon_{name}") is not None
     )
     theirs = "" if paper["mean"] is None else f" (paper: {spread(paper['mean'], paper['std'])} %)"
     took = "" if result["seconds"] is None else f"{result['seconds'] / 60:.1f} minutes on "
@@ -342,8 +341,8 @@ def summary(cells: list[experiments.Experiment], records: list[dict[str, Any]], 
       fields: further fields of the experiments to have as columns, e.g. ("learning_rate",).
     Returns:
       pandas.DataFrame, one row per cell, in that order: cell, network, B (expected batch size, images),
-      T (updates), K (views per image), `fields`, epsilon and epsilon_rdp (see `spent`; PLD's, by which runs
-      are calibrated, and that of the paper's accountant), noise_multiplier, ema and raw
+      T (updates), K (views per image), `fields`, epsilon (see `spent`; that of the default accountant) and
+      epsilon_rdp (likewise for each other accountant; RDP is the paper's), noise_multiplier, ema and raw
       accuracy in percent, ema_std (NaN for one run), n, minutes, `first` (False for a cell that is the
       same experiment at this scale as one above it) and `note` (what the records say of their images).
       Cells without records have n = 0.
@@ -351,6 +350,7 @@ def summary(cells: list[experiments.Experiment], records: list[dict[str, Any]], 
     import pandas
 
     rows, seen = [], set()
+    others = [a for a in privacy.ACCOUNTANTS if a != privacy.DEFAULT_ACCOUNTANT]
     for e in cells:
         runs = one_per_seed(of(e, records))
         ema = [r["accuracy"]["ema"] for r in runs]
@@ -367,7 +367,7 @@ def summary(cells: list[experiments.Experiment], records: list[dict[str, Any]], 
                 "K": e.augmult,
                 **{name: getattr(e, name) for name in fields},
                 "epsilon": mean([spent(r) for r in runs]),
-                "epsilon_rdp": mean([spent(r, "rdp") for r in runs]),
+                **{f"epsilon_{a}": mean([spent(r, a) for r in runs]) for a in others},
                 "noise_multiplier": mean([r["privacy"]["noise_multiplier"] for r in runs]),
                 "ema": mean(ema),
                 "ema_std": float(np.std(ema, ddof=1)) if len(ema) > 1 else math.nan,
@@ -382,10 +382,15 @@ def summary(cells: list[experiments.Experiment], records: list[dict[str, Any]], 
     return pandas.DataFrame(rows)
 
 
-def spent(result: dict[str, Any], accountant: str = "pld") -> float:
-    """Epsilon of a record: infinity for a run that is not private, NaN where nobody computed it."""
+def spent(result: dict[str, Any], accountant: str = privacy.DEFAULT_ACCOUNTANT) -> float:
+    """Epsilon of a record: infinity for a run that is not private, NaN if nobody computed it.
+
+    Raises:
+      ValueError: an unknown accountant.
+    """
+    privacy.find_accountant(accountant)
     p = result["privacy"]
-    if p[f"epsilon_{accountant}"] is not None:
+    if p.get(f"epsilon_{accountant}") is not None:
         return p[f"epsilon_{accountant}"]
     mechanism = privacy.Mechanism(p["noise_multiplier"], p["sampling_probability"], p["sampler"])
     return math.nan if mechanism.private else math.inf

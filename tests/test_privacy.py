@@ -11,10 +11,13 @@ import warnings
 
 import numpy as np
 import pytest
+import shared_runs
+from dp_accounting.pld import PLDAccountant
 from scipy import fft
 from scipy.special import log_ndtr
 
-from dpnb import privacy
+from dpnb import consistency, privacy, results
+from dpnb.experiments import Experiment
 from dpnb.privacy import (
     Mechanism,
     PrivacyBudget,
@@ -264,7 +267,7 @@ class TestCost:
     COSTLY = ((0.1, 0.5, 1000), (0.1, 1e-4, 1), (1.0, 1.0, 10_000), (1.0, 0.01, 10**9), (100.0, 1.0, 10**7))
 
     def test_the_cheap_one_is_asked_first(self, monkeypatch):
-        monkeypatch.setattr(accounting, "_pld_epsilon", lambda *_: pytest.fail("PLD was asked"))
+        monkeypatch.setattr(PLDAccountant, "get_epsilon", lambda *_: pytest.fail("PLD was asked"))
         for sigma, q, steps in self.COSTLY:
             m = Mechanism(sigma, q)
             rdp = epsilon(m, steps, DELTA, "rdp")
@@ -274,8 +277,8 @@ class TestCost:
         assert epsilon(compose({Mechanism(0.0, Q): 1, Mechanism(4.0, Q): 9}), 1, DELTA) == math.inf
 
     def test_searches_do_not_leave_the_budget(self, monkeypatch):
-        asked, real = [], accounting._pld_epsilon
-        monkeypatch.setattr(accounting, "_pld_epsilon", lambda *a: asked.append(real(*a)) or asked[-1])
+        asked, real = [], PLDAccountant.get_epsilon
+        monkeypatch.setattr(PLDAccountant, "get_epsilon", lambda *a: asked.append(real(*a)) or asked[-1])
         sigma = calibrate_noise(PrivacyBudget(3.0, 2e-6), Q, 321)
         calibrate_steps(PrivacyBudget(3.0, 2e-6), Q, sigma)
         affordable_steps(PrivacyBudget(0.5, 2e-6), Mechanism(0.5, Q))  # not one fits
@@ -514,6 +517,55 @@ class TestTypes:
             events_from_json([{**good, **change}])
         with pytest.raises(ValueError):
             events_from_json([{k: v for k, v in good.items() if k != "sampler"}])
+
+
+class TestAccountantsAreATable:
+    """Name -> function: one more is added in one place, and a name that is not there is refused everywhere."""
+
+    @pytest.mark.parametrize("unknown", ["PLD", "moments", "", None])
+    def test_an_unknown_one_is_refused(self, unknown, tmp_path):
+        m, budget = Mechanism(4.0, Q), PrivacyBudget(1.0, DELTA)
+        nothing, no_budget = {}, PrivacyBudget(math.inf, DELTA)
+        refused = pytest.raises(ValueError, match=r"accountant must be one of \('pld', 'rdp'\), got ")
+        for steps in (0, 3):
+            with refused:
+                epsilon(m, steps, DELTA, unknown)
+        for b in (budget, no_budget):
+            with refused:
+                calibrate_noise(b, Q, 10, unknown)
+            with refused:
+                affordable_steps(b, m, unknown)
+            with refused:
+                calibrate_steps(b, Q, 4.0, unknown)
+            with refused:
+                privacy.Ledger(tmp_path / "ledger.jsonl", b, unknown)
+        with refused:
+            Experiment("x", accountant=unknown)
+        with refused:
+            results.spent({"privacy": nothing}, unknown)
+
+    def test_a_third_one_is_one_entry(self, monkeypatch, tmp_path):
+        """It is asked for calibration, by the ledger, and for records and their checks."""
+        monkeypatch.setitem(privacy.ACCOUNTANTS, "double", lambda *run: 2 * accounting.rdp(*run))
+        budget = PrivacyBudget(2.0, DELTA)
+        sigma = calibrate_noise(budget, Q, 50, "double")
+        assert sigma == pytest.approx(calibrate_noise(PrivacyBudget(1.0, DELTA), Q, 50, "rdp"), rel=1e-4)
+        m = Mechanism(sigma, Q)
+        with privacy.Ledger(tmp_path / "ledger.jsonl", budget, "double") as ledger:
+            for step in range(50):
+                ledger.charge(step, m, "value")
+            with pytest.raises(privacy.BudgetExceeded):
+                ledger.charge(50, m, "value")
+            events = ledger.events()
+        assert "(DOUBLE accountant)" in privacy.privacy_statement(events, delta=DELTA, seed_published=True)
+        record = shared_runs.record_of("cifar10/wrn-16-4/eps8", "teach", accountant="double", epsilon=100.0)
+        assert record["privacy"]["epsilon_double"] == 2 * record["privacy"]["epsilon_rdp"]
+        assert "DOUBLE " in results.row(record)
+        assert results.summary([Experiment("x")], [])["epsilon_double"].isna().all()
+        checks = dict(reversed(check) for check in consistency.accounted(record))
+        assert checks and all(checks.values()) and any("DOUBLE" in text for text in checks)
+        del record["privacy"]["epsilon_pld"]
+        assert None in [agrees for agrees, _ in consistency.accounted(record)]
 
 
 class TestWithoutDpAccounting:

@@ -309,7 +309,7 @@ def test_our_records_hold(path):
     """All that needs neither data nor weights; epsilons on the coarse grid of the tables."""
     record = json.loads(path.read_text())
     checks = [
-        *consistency.cheap(record), *consistency.accounted(record, consistency.COARSE),
+        *consistency.cheap(record), *consistency.accounted(record, coarse=True),
         consistency.registered(record), *consistency.files(record, path.parent),
     ]  # fmt: skip
     assert not [text for agrees, text in checks if agrees is False]

@@ -6,7 +6,7 @@ import json
 import math
 import re
 
-from dpnb.privacy import ACCOUNTANTS, SAMPLERS, SMALLEST_CLIP_NORM, Mechanism
+from dpnb.privacy import ACCOUNTANTS, DEFAULT_ACCOUNTANT, SAMPLERS, SMALLEST_CLIP_NORM, Mechanism
 
 NETWORKS = ("wrn", "scatter-linear", "nf-resnet", "nf-resnet-timm", "nfnet-f0", "nfnet-f1", "nfnet-f3")
 FORMS = ("auto", "materialised", "two-pass")  # of the clipped gradient, see `dpnb.gradients.clipping`
@@ -49,7 +49,7 @@ class Experiment:
       schedule: of the learning rate over the updates: "constant" (the paper), or "cosine" down to zero.
       ema_decay: upper limit of the averaging coefficient min(ema_decay, (1 + t) / (10 + t)).
       sampler: "poisson" (exact) or "shuffle" (as the paper ran; its epsilon is nominal).
-      accountant: "pld" or "rdp", used for calibration; results state both.
+      accountant: a name in `dpnb.privacy.ACCOUNTANTS`, used for calibration; results state the epsilons of all.
       validation: hold out this many training images and report on them, for tuning.
       compute_dtype: "float32" or "bfloat16"; clipping, sums and noise are float32 always.
       seed: of everything random. None draws a secret one, which no record shows.
@@ -91,7 +91,7 @@ class Experiment:
     schedule: str = "constant"
     ema_decay: float = 0.9999
     sampler: str = "poisson"
-    accountant: str = "pld"
+    accountant: str = DEFAULT_ACCOUNTANT
     validation: int = 0
     compute_dtype: str = "float32"
     seed: int | None = 0
@@ -167,7 +167,9 @@ class Experiment:
         check(self.image_size >= 0, "image_size must be 0 or the pixels of a side", self.image_size)
         check(self.form in FORMS, f"form must be one of {FORMS}", self.form)
         check(self.sampler in SAMPLERS, f"sampler must be one of {SAMPLERS}", self.sampler)
-        check(self.accountant in ACCOUNTANTS, f"accountant must be one of {ACCOUNTANTS}", self.accountant)
+        check(
+            self.accountant in ACCOUNTANTS, f"accountant must be one of {tuple(ACCOUNTANTS)}", self.accountant
+        )
         check(
             self.compute_dtype in ("float32", "bfloat16"),
             "compute_dtype must be float32 or bfloat16",

@@ -4,7 +4,15 @@ Nothing here needs JAX but `dpnb.privacy.noise`, which is imported by its own na
 when a number is computed, so that a machine without it can train.
 """
 
-from dpnb.privacy.accounting import ACCOUNTANTS, PLD_INTERVAL, DeltaTooSmall, epsilon, epsilon_curve
+from dpnb.privacy.accounting import (
+    ACCOUNTANTS,
+    DEFAULT_ACCOUNTANT,
+    PLD_INTERVAL,
+    DeltaTooSmall,
+    epsilon,
+    epsilon_curve,
+    find_accountant,
+)
 from dpnb.privacy.calibration import MOST_STEPS, affordable_steps, calibrate_noise, calibrate_steps
 from dpnb.privacy.ledger import BudgetExceeded, Ledger, LedgerError, LedgerLocked, SharedNoise
 from dpnb.privacy.mechanism import (
@@ -25,9 +33,9 @@ from dpnb.privacy.sampling import Poisson, Shuffle, physical_batches
 from dpnb.privacy.statement import privacy_statement
 
 __all__ = [
-    "ACCOUNTANTS", "LARGEST_CLIP_NORM", "MOST_STEPS", "NEIGHBOURS", "PLD_INTERVAL", "SAMPLERS", "SMALLEST_CLIP_NORM", "BudgetExceeded",
+    "ACCOUNTANTS", "DEFAULT_ACCOUNTANT", "LARGEST_CLIP_NORM", "MOST_STEPS", "NEIGHBOURS", "PLD_INTERVAL", "SAMPLERS", "SMALLEST_CLIP_NORM", "BudgetExceeded",
     "DeltaTooSmall", "Ledger", "LedgerError", "LedgerLocked", "Mechanism", "MissingAccountant", "Poisson",
     "PrivacyBudget", "SharedNoise", "Shuffle", "affordable_steps", "calibrate_noise", "calibrate_steps", "compose",
-    "counts_from_json", "derived_seed", "epsilon", "epsilon_curve", "events_from_json", "physical_batches",
+    "counts_from_json", "derived_seed", "epsilon", "epsilon_curve", "events_from_json", "find_accountant", "physical_batches",
     "privacy_statement", "warn_if_delta_is_large",
 ]  # fmt: skip

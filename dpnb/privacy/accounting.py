@@ -7,7 +7,7 @@ import contextlib
 import functools
 import logging
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from dpnb.privacy.mechanism import Mechanism, dp_accounting_or_error
@@ -15,14 +15,18 @@ from dpnb.privacy.mechanism import Mechanism, dp_accounting_or_error
 PLD_INTERVAL = 1e-4  # discretisation of the privacy loss, as the paper's code has it since v0.2
 PLD_ROUNDING = 2.0**-50  # a step's share in delta, see `_pld_rounding`
 RDP_ROUNDING = 2.0**-48  # a step's share in the exponent (order - 1) x divergence, over the order
-ACCOUNTANTS = ("pld", "rdp")
+PLD_COARSE_INTERVAL = 1e-3  # a tenth of the time, and an epsilon at most a thousandth higher
+DEFAULT_ACCOUNTANT = "pld"  # the tighter one
+FIRST_GUESS = "rdp"  # the cheap one, whose answer a search with another accountant begins at
 
 
 class DeltaTooSmall(ValueError):
     """PLD's rounding errors are as large as this delta, so that it can prove no epsilon there. RDP can."""
 
 
-def epsilon(mechanism, steps: int, delta: float, accountant: str = "pld") -> float:
+def epsilon(
+    mechanism, steps: int, delta: float, accountant: str = DEFAULT_ACCOUNTANT, *, coarse: bool = False
+) -> float:
     """Smallest epsilon that the accountant proves for `steps` times `mechanism`: an upper bound on the true
     one, whatever its rounding errors.
 
@@ -30,20 +34,18 @@ def epsilon(mechanism, steps: int, delta: float, accountant: str = "pld") -> flo
       mechanism: `Mechanism`, or any DpEvent.
       steps: how often it is run; 0 costs nothing.
       delta: in (0, 1). PLD needs one above its rounding errors: 3e-14 for one step, 2e-11 for 10,000.
-      accountant: "pld", privacy loss distributions, an upper bound on a grid of `PLD_INTERVAL`, the
-        tighter one; or "rdp" with the Renyi orders of the paper's code (v0.1.1), whose numbers it
-        prints. Neighbouring relation: add or remove one example. Where PLD would take minutes and
-        gigabytes (see `_costly`), RDP's number, an upper bound too, is the answer for "pld".
+      accountant: a name in `ACCOUNTANTS`. Neighbouring relation: add or remove one example.
+      coarse: a quick look, never below the exact bound and a thousandth above it at most.
     Raises:
+      ValueError: an unknown accountant, or a delta or number of steps out of range.
       MissingAccountant: dp-accounting is not installed.
       DeltaTooSmall: PLD can prove nothing at this delta; the message has the smallest it can do.
 
     >>> round(epsilon(Mechanism(10.0, 4096 / 50_000), 875, 1e-5, accountant="rdp"), 4)
     0.9877
     """
+    bound = find_accountant(accountant)
     dp = dp_accounting_or_error()
-    if accountant not in ACCOUNTANTS:
-        raise ValueError(f"accountant must be one of {ACCOUNTANTS}, got {accountant!r}")
     if not 0 < delta < 1:
         raise ValueError(f"delta must be in (0, 1), got {delta}")
     if operator.index(steps) < 0:
@@ -54,8 +56,22 @@ def epsilon(mechanism, steps: int, delta: float, accountant: str = "pld") -> flo
     # (composing `steps` times and composing an event of `steps` give the same number, to the bit)
     runs = list(_runs(dp, event, int(steps)))
     with _quiet():
-        bound = _rdp_epsilon(dp, runs, delta)
-        return bound if accountant == "rdp" or _costly(runs, bound) else _pld_epsilon(dp, runs, delta)
+        return bound(runs, delta, coarse)
+
+
+def find_accountant(name: str) -> Callable[[list, float, bool], float]:
+    """The accountant of that name, as a function (runs of steps, delta, coarse) -> epsilon.
+
+    Raises:
+      ValueError: there is none.
+
+    >>> find_accountant("moments")
+    Traceback (most recent call last):
+    ValueError: accountant must be one of ('pld', 'rdp'), got 'moments'
+    """
+    if name not in ACCOUNTANTS:
+        raise ValueError(f"accountant must be one of {tuple(ACCOUNTANTS)}, got {name!r}")
+    return ACCOUNTANTS[name]
 
 
 def _runs(dp, event, times: int) -> Iterator[tuple[Any, int]]:
@@ -75,14 +91,22 @@ def _composed(account, runs):
     return account
 
 
-def _rdp_epsilon(dp, runs, delta: float) -> float:
-    """RDP's, with divergences rounded up: rounded down to nothing, they would prove an epsilon of 0."""
-    import numpy as np
-    from dp_accounting import rdp
+def rdp(runs, delta: float, coarse: bool = False) -> float:
+    """Renyi DP with the orders of the paper's code (v0.1.1), whose numbers it prints.
 
-    account = _composed(rdp.RdpAccountant(_rdp_orders(), dp.NeighboringRelation.ADD_OR_REMOVE_ONE), runs)
+    Divergences are rounded up: rounded down to nothing, they would prove an epsilon of 0.
+
+    Args:
+      runs: (DpEvent of one step, how many of it), ...
+      coarse: makes no difference.
+    """
+    import dp_accounting as dp
+    import numpy as np
+    from dp_accounting import rdp as renyi
+
+    account = _composed(renyi.RdpAccountant(_rdp_orders(), dp.NeighboringRelation.ADD_OR_REMOVE_ONE), runs)
     rounding = RDP_ROUNDING * sum(steps for _, steps in runs) * account.orders / (account.orders - 1)
-    return float(rdp.compute_epsilon(account.orders, np.maximum(account.rdp, 0) + rounding, delta)[0])
+    return float(renyi.compute_epsilon(account.orders, np.maximum(account.rdp, 0) + rounding, delta)[0])
 
 
 def _costly(runs, bound: float) -> bool:
@@ -93,22 +117,6 @@ def _costly(runs, bound: float) -> bool:
     """
     noise = [getattr(getattr(event, "event", event), "noise_multiplier", 1.0) for event, _ in runs]
     return bound > 1000 or bound * sum(steps for _, steps in runs) > 1e8 or min(noise, default=1.0) < 0.15
-
-
-def _pld_epsilon(dp, runs, delta: float) -> float:
-    """PLD's, at a delta less its rounding errors."""
-    from dp_accounting.pld import PLDAccountant
-
-    steps = sum(n for _, n in runs)
-    rounding = _pld_rounding(steps, len(runs))
-    if delta < 2 * rounding:
-        raise DeltaTooSmall(
-            f"delta must be at least {2 * rounding:.2g} under PLD, whose rounding errors in {steps} steps are "
-            f'about as large as that, got {delta}; ask for a larger delta, or with accountant "rdp"'
-        )
-    account = _composed(PLDAccountant(dp.NeighboringRelation.ADD_OR_REMOVE_ONE, PLD_INTERVAL), runs)
-    # (the losses that it looks epsilon up among are a running sum of the interval)
-    return float(account.get_epsilon(delta - rounding)) * (1 + 1e-8)
 
 
 def _pld_rounding(steps: int, runs: int) -> float:
@@ -122,7 +130,41 @@ def _pld_rounding(steps: int, runs: int) -> float:
     return PLD_ROUNDING * (steps + 16 * runs)
 
 
-def epsilon_curve(mechanism, steps: Sequence[int], delta: float, accountant: str = "pld") -> list[float]:
+def pld(runs, delta: float, coarse: bool = False) -> float:
+    """Privacy loss distributions on a grid of `PLD_INTERVAL`: the tightest bound, at a delta less its rounding errors.
+
+    If that would take minutes and gigabytes (see `_costly`), RDP's number, an upper bound too, is the answer.
+
+    Args:
+      runs: (DpEvent of one step, how many of it), ...
+      coarse: on a grid of `PLD_COARSE_INTERVAL`.
+    """
+    import dp_accounting as dp
+    from dp_accounting.pld import PLDAccountant
+
+    bound = rdp(runs, delta)
+    if _costly(runs, bound):
+        return bound
+    steps = sum(n for _, n in runs)
+    rounding = _pld_rounding(steps, len(runs))
+    if delta < 2 * rounding:
+        raise DeltaTooSmall(
+            f"delta must be at least {2 * rounding:.2g} under PLD, whose rounding errors in {steps} steps are "
+            f'about as large as that, got {delta}; ask for a larger delta, or with accountant "rdp"'
+        )
+    interval = PLD_COARSE_INTERVAL if coarse else PLD_INTERVAL
+    account = _composed(PLDAccountant(dp.NeighboringRelation.ADD_OR_REMOVE_ONE, interval), runs)
+    # (the losses that it looks epsilon up among are a running sum of the interval)
+    return float(account.get_epsilon(delta - rounding)) * (1 + 1e-8)
+
+
+# Name -> function (runs, delta, coarse) -> epsilon. An accountant is added here, and nowhere else.
+ACCOUNTANTS: dict[str, Callable[[list, float, bool], float]] = {"pld": pld, "rdp": rdp}
+
+
+def epsilon_curve(
+    mechanism, steps: Sequence[int], delta: float, accountant: str = DEFAULT_ACCOUNTANT
+) -> list[float]:
     """Epsilon after each of `steps` updates, for a plot of how the budget is spent; raises as `epsilon`."""
     return [_cached_epsilon(mechanism, int(n), delta, accountant) for n in steps]
 

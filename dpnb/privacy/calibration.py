@@ -5,7 +5,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping
 
-from dpnb.privacy.accounting import DeltaTooSmall, epsilon
+from dpnb.privacy.accounting import DEFAULT_ACCOUNTANT, FIRST_GUESS, DeltaTooSmall, epsilon, find_accountant
 from dpnb.privacy.mechanism import Mechanism, PrivacyBudget, compose
 
 MOST_STEPS = 10_000_000  # where a search for the number of steps ends
@@ -13,7 +13,7 @@ MOST_STEPS = 10_000_000  # where a search for the number of steps ends
 
 @functools.lru_cache(maxsize=256)
 def calibrate_noise(
-    budget: PrivacyBudget, sampling_probability: float, steps: int, accountant: str = "pld"
+    budget: PrivacyBudget, sampling_probability: float, steps: int, accountant: str = DEFAULT_ACCOUNTANT
 ) -> float:
     """Smallest noise multiplier (to 1e-5 relative) with which `steps` updates stay in the budget.
 
@@ -21,9 +21,10 @@ def calibrate_noise(
     whose last digits differ agrees. 0 for an infinite budget.
 
     Raises:
-      ValueError: no noise up to 1e5 is enough (RDP's orders cannot prove an epsilon much below 0.01).
+      ValueError: an unknown accountant; or no noise up to 1e5 is enough (RDP's orders cannot prove an epsilon much below 0.01).
       DeltaTooSmall: no noise is enough for PLD to prove anything at this delta; RDP can.
     """
+    find_accountant(accountant)
     if operator.index(steps) < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     if budget.epsilon == math.inf:
@@ -36,8 +37,8 @@ def calibrate_noise(
 
         return _last_that_fits(spent, target, guess, least=1e-5, most=10.0)
 
-    x = solve("rdp", 1.0)  # cheap, and a good first guess for PLD
-    x = x if accountant == "rdp" else solve(accountant, x or 1.0)
+    x = solve(FIRST_GUESS, 1.0)
+    x = x if accountant == FIRST_GUESS else solve(accountant, x or 1.0)
     if x is None:
         raise ValueError(
             f"no noise multiplier up to 1e5 keeps {steps} steps within epsilon {budget.epsilon} at delta "
@@ -49,7 +50,7 @@ def calibrate_noise(
 def affordable_steps(
     budget: PrivacyBudget,
     mechanism: Mechanism,
-    accountant: str = "pld",
+    accountant: str = DEFAULT_ACCOUNTANT,
     spent: Mapping[Mechanism, int] | None = None,
 ) -> int:
     """Largest n such that n steps of `mechanism`, beside those of the others in `spent`, fit.
@@ -58,8 +59,10 @@ def affordable_steps(
     more steps would have rounding errors as large as delta.
 
     Raises:
+      ValueError: an unknown accountant.
       DeltaTooSmall: so would one step. RDP can prove an epsilon there.
     """
+    find_accountant(accountant)
     if budget.epsilon == math.inf:
         return MOST_STEPS
     counts = dict(spent or {})
@@ -76,13 +79,16 @@ def affordable_steps(
 
         return _last_that_fits(total, budget.epsilon, guess, least=1, most=MOST_STEPS, whole=True)
 
-    n = solve("rdp", 1)  # cheap, and a good first guess for PLD
-    n = n if accountant == "rdp" else solve(accountant, n or 1)
+    n = solve(FIRST_GUESS, 1)
+    n = n if accountant == FIRST_GUESS else solve(accountant, n or 1)
     return int(n or 0)
 
 
 def calibrate_steps(
-    budget: PrivacyBudget, sampling_probability: float, noise_multiplier: float, accountant: str = "pld"
+    budget: PrivacyBudget,
+    sampling_probability: float,
+    noise_multiplier: float,
+    accountant: str = DEFAULT_ACCOUNTANT,
 ) -> int:
     """Largest number of updates whose epsilon is at most the budget's: rounded down, and checked.
 

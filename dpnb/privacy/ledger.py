@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dpnb.files import sync_folder
-from dpnb.privacy.accounting import ACCOUNTANTS, epsilon
+from dpnb.privacy.accounting import ACCOUNTANTS, DEFAULT_ACCOUNTANT, epsilon, find_accountant
 from dpnb.privacy.calibration import affordable_steps
 from dpnb.privacy.mechanism import Mechanism, MissingAccountant, PrivacyBudget, compose
 
@@ -67,13 +67,14 @@ class Ledger:
         locked (by a file of that name and `.lock`) until `close`; None keeps it in memory. In a run of
         several processes only one has a path.
       budget: the promise. An existing ledger must have been opened with the same.
-      accountant: "pld" or "rdp", likewise.
+      accountant: a name in `dpnb.privacy.ACCOUNTANTS`, likewise.
       allowed_steps: for machines without dp-accounting: how many steps of which mechanism fit the
         budget when nothing else is run, from `dpnb.privacy.calibrate_steps`. Written into the journal,
         and never raised by passing a larger number later; where dp-accounting is installed, its own
         number counts.
       settings: hash of the settings of whoever opens it; those of the first charge stay in the file.
     Raises:
+      ValueError: an unknown accountant, or allowed_steps below 1.
       LedgerLocked: another process, or another `Ledger` in this one, has it open.
       LedgerError: the file is damaged, or was opened with another budget.
     """
@@ -82,13 +83,12 @@ class Ledger:
         self,
         path: str | os.PathLike | None,
         budget: PrivacyBudget,
-        accountant: str = "pld",
+        accountant: str = DEFAULT_ACCOUNTANT,
         *,
         allowed_steps: Mapping[Mechanism, int] | None = None,
         settings: str = "",
     ):
-        if accountant not in ACCOUNTANTS:
-            raise ValueError(f"accountant must be one of {ACCOUNTANTS}, got {accountant!r}")
+        find_accountant(accountant)
         self.path = None if path is None else pathlib.Path(path)
         self.budget, self.accountant = budget, accountant
         self.settings = settings  # under which the first step was, or would be, charged
