@@ -16,9 +16,8 @@ from dpnb.data import Dataset
 from dpnb.data.augment import normalise
 from dpnb.data.dataset import in_batches
 from dpnb.experiments.experiment import Experiment
-from dpnb.models import pretrained, scattering
+from dpnb.models import registry, weights
 from dpnb.models.checks import check_independent
-from dpnb.update import make_network
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -79,12 +78,12 @@ def prepare(experiment: Experiment, data: Dataset) -> Dataset:
     if isinstance(data, FeatureDataset):
         check(experiment, data)
         return data
-    if experiment.network == "scatter-linear":
-        return _scattered(data)
-    pretrained.used(experiment, data)
-    # Only what decides about the features is given on, so that experiments share them.
-    like = Experiment("features", pretrained=experiment.pretrained)
-    like = like.replace(**_shape(experiment))
+    if fixed := registry.fixed_features(experiment):
+        return _fixed(data, fixed)
+    weights.provenance(experiment.pretrained, data)
+    # Pass on only the fields that affect the features, so that experiments share them.
+    like = Experiment("features", network=experiment.network, pretrained=experiment.pretrained)
+    like = like.replace(**registry.feature_fields(experiment))
     return _extracted(data, _network(experiment), like)
 
 
@@ -103,7 +102,8 @@ def check(experiment: Experiment, data: Dataset) -> None:
 
 def transform(experiment: Experiment) -> str:
     """How the features of an experiment are made, in words."""
-    return SCATTERING if experiment.network == "scatter-linear" else _network(experiment)
+    fixed = registry.fixed_features(experiment)
+    return fixed.WORDS if fixed else _network(experiment)
 
 
 def fingerprint(experiment: Experiment, data: Dataset) -> str:
@@ -117,35 +117,23 @@ def _identity(words: str, data: Dataset) -> str:
     return hashlib.sha256(f"{words}, of {data.fingerprint}".encode()).hexdigest()
 
 
-SCATTERING = "log scattering J=2 L=8, standardised by random images and image"
-SHAPE = ("depth", "width", "norm", "standardised", "relu_first", "compute_dtype")
-NORMALISER_FREE = ("network", "depth", "width", "compute_dtype")
-
-
-def _shape(e: Experiment) -> dict:
-    """What decides about the network's features, its weights apart."""
-    return {name: getattr(e, name) for name in (SHAPE if e.network == "wrn" else NORMALISER_FREE)}
-
-
 def _network(e: Experiment) -> str:
-    weights = pretrained.identity(pretrained.load(e.pretrained))
-    name = "Wide-ResNet" if e.network == "wrn" else "normaliser-free network"
-    return f"what the classifier reads in a {name} of {_shape(e)} with the weights {weights}"
+    content = weights.identity(weights.load(e.pretrained))
+    kind, fields = registry.find_network(e.network).kind, registry.feature_fields(e)
+    return f"what the classifier reads in a {kind} of {fields} with the weights {content}"
 
 
 @functools.lru_cache(maxsize=1)
-def _extracted(data: Dataset, network: str, experiment: Experiment) -> FeatureDataset:
-    model = make_network(experiment, len(data.classes), nnx.Rngs(0))
+def _extracted(data: Dataset, words: str, experiment: Experiment) -> FeatureDataset:
+    model = registry.make_network(experiment, len(data.classes), nnx.Rngs(0))
     check_independent(model, np.random.default_rng(0).normal(size=(3, *data.shape)))
     transform = jax.jit(lambda images: model.features(normalise(images, data.recipe)).astype("float32"))
-    return _features(data, network, transform, 500 if experiment.network == "wrn" else 32)
+    return _features(data, words, transform, registry.find_network(experiment.network).feature_batch)
 
 
 @functools.lru_cache(maxsize=1)
-def _scattered(data: Dataset) -> FeatureDataset:
-    mean, std = scattering.standards(data.shape[0])
-    transform = jax.jit(functools.partial(scattering.features, mean=mean, std=std))
-    return _features(data, SCATTERING, transform)
+def _fixed(data: Dataset, module) -> FeatureDataset:
+    return _features(data, module.WORDS, module.make_transform(data.shape[0]))
 
 
 def _features(data: Dataset, words: str, transform, batch_size: int = 500) -> FeatureDataset:

@@ -23,6 +23,7 @@ from dpnb.consistency import MALFORMED, LeftOut, changed, in_words, misfit, nois
 from dpnb.data import Dataset
 from dpnb.experiments import imagenet, literature
 from dpnb.files import private_folder, write_whole
+from dpnb.models.registry import label
 from dpnb.privacy.statement import privacy_statement
 from dpnb.training import Run
 
@@ -361,7 +362,7 @@ def summary(cells: list[experiments.Experiment], records: list[dict[str, Any]], 
         rows.append(
             {
                 "cell": e.name.split("/", 2)[-1],
-                "network": network(e),
+                "network": label(e),
                 "B": e.expected_batch_size,
                 "T": e.steps,
                 "K": e.augmult,
@@ -394,17 +395,6 @@ def spent(result: dict[str, Any], accountant: str = privacy.DEFAULT_ACCOUNTANT) 
         return p[f"epsilon_{accountant}"]
     mechanism = privacy.Mechanism(p["noise_multiplier"], p["sampling_probability"], p["sampler"])
     return math.nan if mechanism.private else math.inf
-
-
-def network(e: experiments.Experiment) -> str:
-    """ "WRN-16-4", or the name of a network without depth and width."""
-    if e.network == "wrn":
-        return f"WRN-{e.depth}-{e.width}"
-    if not e.network.startswith("nf"):
-        return e.network
-    depth = f"-{e.depth}" if "resnet" in e.network else ""
-    name = e.network.replace("nf-resnet", "NF-ResNet").replace("nfnet-f", "NFNet-F")
-    return f"{name}{depth}" + (f" (width {e.width:g}, {e.image_size or 32} px)" if e.width != 1 else "")
 
 
 def scale(frame) -> str:
@@ -491,9 +481,9 @@ def series(records: list[dict[str, Any]]) -> dict[str, list[tuple[float, float, 
             if ran:
                 frame = summary([e for e, _ in ran], [r for _, runs in ran for r in runs])
                 small = "" if preset == "paper" else f" at preset {preset}"
-                where = scale(frame).removeprefix(f"{network(cells[0])}, ")
-                label = f"ours: {network(cells[0])}{small} ({where}), {counts(frame)}"
-                made[label] = [
+                where = scale(frame).removeprefix(f"{label(cells[0])}, ")
+                ours = f"ours: {label(cells[0])}{small} ({where}), {counts(frame)}"
+                made[ours] = [
                     (e.epsilon, row["ema"], None if row["n"] == 1 else row["ema_std"])
                     for (e, _), (_, row) in zip(ran, frame.iterrows(), strict=True)
                 ]

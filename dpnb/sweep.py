@@ -10,7 +10,7 @@ import jax
 from dpnb import cost, experiments, features, release, results, training
 from dpnb.data import Dataset
 from dpnb.experiments import Experiment
-from dpnb.models import pretrained
+from dpnb.models import weights
 
 # Experiments that agree in these compile to the same program: one is timed for all.
 PROGRAM = (
@@ -103,7 +103,7 @@ def finished(e: Experiment, data: Dataset, records: list[dict[str, Any]]) -> dic
     if not same:
         return None
     try:
-        images, began = features.fingerprint(e, data), pretrained.used(e)
+        images, began = features.fingerprint(e, data), weights.provenance(e.pretrained)
     except (KeyError, OSError, ValueError):  # weights that cannot be had: training will say so
         return None
     same = [

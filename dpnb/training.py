@@ -34,14 +34,23 @@ from dpnb.experiments.experiment import Experiment
 from dpnb.files import private_folder
 from dpnb.hosts import any_process, by_first, from_first
 from dpnb.identity import code, computation
-from dpnb.models import pretrained
+from dpnb.models import weights
 from dpnb.models.checks import check_independent
 from dpnb.privacy.ledger import Ledger
 from dpnb.privacy.randomness import derived_seed
 from dpnb.progress import Progress
 from dpnb.replay import Payer, digest, stream_name
 from dpnb.sharding import gathered
-from dpnb.update import Seen, Trainer, call_size, check_noise, make_model, make_trainer, memory_limit
+from dpnb.update import (
+    Seen,
+    Trainer,
+    call_size,
+    check_noise,
+    initial_rngs,
+    make_model,
+    make_trainer,
+    memory_limit,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +75,7 @@ class Run:
     steps: int
     seconds: float
     devices: str
-    public: dict[str, str] | None  # the weights that it began with, see `dpnb.models.pretrained.used`
+    public: dict[str, str] | None  # the weights that it began with, see `dpnb.models.weights.provenance`
     stopped: str  # why the run ended before its last step; "" if it did not
 
 
@@ -156,7 +165,7 @@ def train(
     # Locked from here on, and nothing is written yet. The other processes' ledgers are never asked.
     with open_ledger(journal, budget, experiment.accountant, **terms) as ledger:
         custom = computation(model, optimizer, data.shape)
-        public = pretrained.used(experiment, data)
+        public = weights.provenance(experiment.pretrained, data)
         origin = {"public": public["sha256"]} if public else {}
         fingerprint = experiment.fingerprint(data=data.fingerprint, custom=custom, **origin)
         by_first(lambda: run_seed(folder, experiment.seed)[1])  # which may have to write what the others read
@@ -165,8 +174,10 @@ def train(
         seed = derived_seed(seed, fingerprint)
         agree(seed)
         if model is None:
-            model = make_model(experiment, len(data.classes), derived_seed(seed, "initial parameters"))
-        if pretrained.used(experiment) != public:
+            model = make_model(
+                experiment, len(data.classes), initial_rngs(derived_seed(seed, "initial parameters"))
+            )
+        if weights.provenance(experiment.pretrained) != public:
             raise ValueError(f"{experiment.pretrained} changed while it was read; start again")
         check_independent(model, noise_images(data))
         check_outputs(model, data)

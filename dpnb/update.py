@@ -23,8 +23,8 @@ from dpnb.experiments.experiment import Experiment
 from dpnb.feeding import Resident, Streamed, make_feed
 from dpnb.gradients.clipping import ClippedGrad, choose_form, clipped_grad
 from dpnb.hosts import from_first
-from dpnb.models import NFNet, NFResNet, ScatterLinear, WideResNet, functional, pretrained, transfer
-from dpnb.models.wide_resnet import norm_then_relu, relu_then_norm
+from dpnb.models.pure import functional
+from dpnb.models.registry import make_model
 from dpnb.privacy import sampling
 from dpnb.privacy.noise import GridNoise, grid_bits
 from dpnb.privacy.randomness import random_bytes
@@ -109,63 +109,9 @@ def reseeded(trainer: Trainer, seed: int) -> tuple[Trainer, jax.Array]:
     return dataclasses.replace(trainer, sampler=sampler, noise=noise), put(root_key(seed), trainer.places.key)
 
 
-def make_model(experiment: Experiment, num_classes: int, seed: int) -> nnx.Module:
-    """The experiment's network with its initial parameters.
-
-    Raises:
-      KeyError, ValueError, OSError: public weights that cannot be had, or are another network's.
-    """
-    if experiment.network == "scatter-linear":
-        return ScatterLinear(num_classes)
-    if experiment.trainable == "classifier":
-        return ScatterLinear(num_classes, (feature_size(experiment),))
-    rngs = nnx.Rngs(params=jax.random.fold_in(wrapped(root_key(seed)), 2**31))
-    model = make_network(experiment, num_classes, rngs)
-    transfer.freeze(model, experiment.trainable)
-    return model
-
-
-def feature_size(experiment: Experiment) -> int:
-    """Numbers that the classifier reads from one image."""
-    network = experiment.network.partition("-")[0]
-    return int({"wrn": 64, "nf": 2048, "nfnet": 3072}[network] * experiment.width)
-
-
-def make_network(experiment: Experiment, num_classes: int, rngs: nnx.Rngs) -> nnx.Module:
-    """The experiment's whole network, with the public weights that it begins with, if any."""
-    make = make_wide_resnet if experiment.network == "wrn" else make_normaliser_free
-    model = make(experiment, num_classes, rngs)
-    if experiment.pretrained:
-        transfer.begin(model, pretrained.load(experiment.pretrained))
-    return model
-
-
-def make_normaliser_free(experiment: Experiment, num_classes: int, rngs: nnx.Rngs) -> NFResNet | NFNet:
-    """An NF-ResNet whose branches begin with gain 1 (paper, ImageNet from scratch), or an NFNet.
-
-    No stochastic depth: it would be the same in every update.
-    """
-    e = experiment
-    dtype = None if e.compute_dtype == "float32" else e.compute_dtype
-    common = dict(width=e.width, remat=e.remat, dtype=dtype, rngs=rngs)
-    if e.network.startswith("nfnet"):
-        return NFNet(e.network[-2:].upper(), num_classes, **common)
-    by = "timm" if e.network.endswith("timm") else "deepmind"
-    return NFResNet(e.depth, num_classes, published_by=by, **common)
-
-
-def make_wide_resnet(experiment: Experiment, num_classes: int, rngs: nnx.Rngs) -> WideResNet:
-    """The experiment's Wide-ResNet with random parameters."""
-    return WideResNet(
-        experiment.depth,
-        experiment.width,
-        num_classes,
-        norm=None if experiment.norm == "group" else lambda features: nnx.identity,
-        standardised=experiment.standardised,
-        act=relu_then_norm if experiment.relu_first else norm_then_relu,
-        dtype=None if experiment.compute_dtype == "float32" else experiment.compute_dtype,
-        rngs=rngs,
-    )
+def initial_rngs(seed: int) -> nnx.Rngs:
+    """Of a network's initial parameters; no update draws from it."""
+    return nnx.Rngs(params=jax.random.fold_in(wrapped(root_key(seed)), 2**31))
 
 
 def make_optimizer(experiment: Experiment) -> optax.GradientTransformation:
@@ -216,7 +162,9 @@ def make_trainer(
     check_noise(experiment)
     n, devices = len(data.train), devices or jax.devices()
     mesh = jax.sharding.Mesh(np.array(devices), (AXIS,))
-    params, apply = functional(make_model(experiment, len(data.classes), seed) if model is None else model)
+    params, apply = functional(
+        make_model(experiment, len(data.classes), initial_rngs(seed)) if model is None else model
+    )
     optimizer = optimizer or make_optimizer(experiment)
     rescale = math.isfinite(experiment.clip_norm)
     sigma, bits = experiment.noise_multiplier, None

@@ -19,8 +19,9 @@ from dpnb.consistency import Check, consistency, evaluated, experiment_of
 from dpnb.data.augment import plain
 from dpnb.data.recipe import Recipe
 from dpnb.experiments import Experiment
-from dpnb.models import functional, pretrained
-from dpnb.update import make_model
+from dpnb.models import functional, weights
+from dpnb.models.registry import make_model
+from dpnb.update import initial_rngs
 
 LIMITS = (
     "note no check can show that these weights came from these steps, of this mechanism under these settings: "
@@ -78,7 +79,7 @@ def verify(directory: str | pathlib.Path, *, data_dir=None, data_file=None) -> R
             validation=experiment.validation,
             image_size=experiment.image_size,
         )
-        if began := pretrained.used(experiment):
+        if began := weights.provenance(experiment.pretrained):
             said = (record.get("pretrained") or {}).get("sha256")
             checks.append((began["sha256"] == said, f"began with the weights {began['sha256'][:16]}"))
         fingerprint = features.fingerprint(experiment, found)
@@ -131,7 +132,7 @@ def _fingerprint(fingerprint: str, recorded: str, private: pathlib.Path, note: s
 def _accuracy(record, experiment: Experiment, found: data.Dataset, weights: pathlib.Path) -> list[Check]:
     arrays = load_file(weights)
     found = features.prepare(experiment, found)
-    params, apply = functional(make_model(experiment, len(found.classes), 0))
+    params, apply = functional(make_model(experiment, len(found.classes), initial_rngs(0)))
     m = measure(apply, unflatten(arrays, params), found.test, found.recipe, TIE[experiment.compute_dtype])
     n, ema, loss = len(found.test), record["accuracy"]["ema"], record["loss"]["ema"]
     within = max(1, min(m.ties, int(MOST_TIES * n)))

@@ -10,9 +10,12 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save
 
-from dpnb.models import conversion, functional, nf_resnet, nfnet, pretrained
+from dpnb.models import functional, nf_resnet, nfnet
 from dpnb.models.nf_resnet import NFResNet
 from dpnb.models.nfnet import NFNet
+from dpnb.models.weights import catalogue as pretrained
+from dpnb.models.weights import conversion
+from dpnb.models.weights.__main__ import main
 from dpnb.results import flatten
 from dpnb.verification import unflatten
 
@@ -221,7 +224,7 @@ def test_a_timm_file_is_converted_by_name(tmp_path, monkeypatch):
     (tmp_path / "model.safetensors").write_bytes(save(state))
     out = tmp_path / "out.safetensors"
     arguments = ["convert", "nf-resnet-50-imagenet", str(tmp_path / "model.safetensors"), str(out)]
-    assert pretrained.main(arguments) == 0
+    assert main(arguments) == 0
     made, want = pretrained.load(out), conversion.nf_resnet_from_timm(state, DEPTHS)
     assert set(made) == set(want) and all(np.array_equal(made[k], want[k]) for k in want)
     assert "imagenet2012" in pretrained.saw(out)

@@ -7,7 +7,7 @@ import shared_runs
 from shared_runs import execute
 from test_studies import CHANGES
 
-from dpnb.models import pretrained
+from dpnb.models.weights import catalogue as pretrained
 
 
 def figures(outputs):

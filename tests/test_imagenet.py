@@ -15,7 +15,8 @@ from test_distributed import free_port
 
 from dpnb import experiments, results
 from dpnb.experiments import imagenet
-from dpnb.models import NFNet, NFResNet, pretrained
+from dpnb.models import NFNet, NFResNet
+from dpnb.models.weights import catalogue as pretrained
 from dpnb.update import make_trainer
 
 

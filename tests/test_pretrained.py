@@ -10,7 +10,9 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save
 
-from dpnb.models import NFResNet, WideResNet, functional, pretrained
+from dpnb.models import NFResNet, WideResNet, functional
+from dpnb.models.weights import catalogue as pretrained
+from dpnb.models.weights.__main__ import main
 from dpnb.results import flatten
 from dpnb.verification import unflatten
 
@@ -194,13 +196,13 @@ def test_nothing_is_trusted_on_first_use(name, tmp_path, monkeypatch):
 def test_command_line(named, capsys, monkeypatch):
     made, folder = named
     arguments = ["convert", "test", str(folder / "theirs.dill"), str(folder / "out.safetensors")]
-    assert pretrained.main(arguments) == 0 and pretrained.WEIGHTS["test"].sha256 in capsys.readouterr().out
+    assert main(arguments) == 0 and pretrained.WEIGHTS["test"].sha256 in capsys.readouterr().out
     assert set(load_file(folder / "out.safetensors")) == set(made)
     assert pretrained.saw(folder / "out.safetensors") == "nothing"
     (folder / "theirs.dill").write_bytes(b"nothing")
-    assert pretrained.main([*arguments[:3], str(folder / "other.safetensors")]) == 2
+    assert main([*arguments[:3], str(folder / "other.safetensors")]) == 2
     assert not (folder / "other.safetensors").exists() and "pickle" in capsys.readouterr().err
-    assert pretrained.main(["list"]) == 0 and "CC BY 4.0" in capsys.readouterr().out
+    assert main(["list"]) == 0 and "CC BY 4.0" in capsys.readouterr().out
 
 
 def test_ours_come_with_the_checkout_and_with_their_hash(tmp_path, monkeypatch):
@@ -226,9 +228,7 @@ def test_ours_come_with_the_checkout_and_with_their_hash(tmp_path, monkeypatch):
 def test_half_precision_keeps_what_the_weights_saw(tmp_path):
     arrays = {"a": np.linspace(-3, 3, 8, dtype=np.float32)}
     (tmp_path / "full.safetensors").write_bytes(save(arrays, {"saw": "a public set"}))
-    assert (
-        pretrained.main(["pack", str(tmp_path / "full.safetensors"), str(tmp_path / "half.safetensors")]) == 0
-    )
+    assert main(["pack", str(tmp_path / "full.safetensors"), str(tmp_path / "half.safetensors")]) == 0
     half = pretrained.load(tmp_path / "half.safetensors")
     assert half["a"].dtype == np.float16 and pretrained.saw(tmp_path / "half.safetensors") == "a public set"
     np.testing.assert_allclose(half["a"], arrays["a"], rtol=1e-3)

@@ -14,9 +14,11 @@ from safetensors.numpy import load_file, save_file
 
 from dpnb import data, features, results, sweep, training, verification
 from dpnb.data import augment
-from dpnb.models import WideResNet, functional, pretrained, transfer
+from dpnb.models import WideResNet, functional
+from dpnb.models.registry import make_model
+from dpnb.models.weights import catalogue as pretrained
+from dpnb.models.weights import transfer
 from dpnb.results import flatten
-from dpnb.update import make_model
 
 
 def network(seed, classes=tiny.CLASSES, depth=10):
@@ -48,7 +50,7 @@ def experiment(public, trainable="all", **changes):
 def test_everything_but_the_classifier_is_public(public):
     model, theirs = network(1), load_file(public)
     own = leaves(model)
-    transfer.begin(model, theirs)
+    transfer.load_pretrained_params(model, theirs)
     for name, array in leaves(model).items():
         expected = own[name] if name.startswith("linear/") else theirs[name]
         np.testing.assert_array_equal(array, expected, err_msg=name)
@@ -67,7 +69,7 @@ def test_another_network_is_refused_and_nothing_is_set(other):
     }[other]()
     before = leaves(model)
     with pytest.raises(ValueError, match="the public weights must be this network's"):
-        transfer.begin(model, given)
+        transfer.load_pretrained_params(model, given)
     assert all((array == before[name]).all() for name, array in leaves(model).items())
 
 
@@ -111,10 +113,10 @@ def test_classifier_only_is_the_last_layer_of_the_same_network(public):
     prepared = features.prepare(e, images)
     assert prepared.train.images.shape == (20, 64) and prepared.train.images.dtype == np.float32
     assert features.fingerprint(e, images) == prepared.fingerprint
-    params, apply = functional(make_model(e, tiny.CLASSES, 0))
+    params, apply = functional(make_model(e, tiny.CLASSES, nnx.Rngs(0)))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), params)
-    whole = make_model(e.replace(trainable="all"), tiny.CLASSES, 0)
+    whole = make_model(e.replace(trainable="all"), tiny.CLASSES, nnx.Rngs(0))
     whole.linear.kernel, whole.linear.bias = nnx.Param(params["kernel"].T), nnx.Param(params["bias"])
     want = whole(augment.normalise(images.train.images))
     np.testing.assert_allclose(apply(params, prepared.train.images), want, rtol=1e-4, atol=1e-4)
@@ -168,7 +170,9 @@ def test_weights_that_saw_the_private_images_are_refused(tmp_path):
     with pytest.raises(ValueError, match="must not have seen"):
         train(experiment(washed), private, tmp_path / "private")
     assert not (tmp_path / "private" / "ledger.jsonl").exists()
-    assert pretrained.used(experiment(path), named("birds", seed=1))["saw"] == pretrained.saw(path)
+    assert pretrained.provenance(experiment(path).pretrained, named("birds", seed=1))[
+        "saw"
+    ] == pretrained.saw(path)
 
 
 def test_imagenet_is_known_by_its_classes_and_before_its_weights_are_fetched():
@@ -178,10 +182,12 @@ def test_imagenet_is_known_by_its_classes_and_before_its_weights_are_fetched():
     )
     e = experiment("nf-resnet-50-imagenet")
     with pytest.raises(ValueError, match="must not have seen the private data .mine, also known as imagenet"):
-        pretrained.used(e, wordnet)
+        pretrained.provenance(e.pretrained, wordnet)
     with pytest.raises(ValueError, match="no SHA-256 is on record"):  # other classes: on to the file
-        pretrained.used(e, dataclasses.replace(wordnet, classes=("n01440764", "dog", "cat", "tree")))
-    assert pretrained.used(experiment("wrn-10-2-textures"), wordnet)["saw"].startswith("random textures")
+        pretrained.provenance(
+            e.pretrained, dataclasses.replace(wordnet, classes=("n01440764", "dog", "cat", "tree"))
+        )
+    assert pretrained.provenance("wrn-10-2-textures", wordnet)["saw"].startswith("random textures")
 
 
 def test_weights_that_are_still_to_be_trained_say_how():
@@ -294,4 +300,4 @@ def test_paths_may_be_paths_and_weights_must_be_finite(public, tmp_path):
     bad = load_file(public)
     bad["stem/bias"] = np.full_like(bad["stem/bias"], np.nan)
     with pytest.raises(ValueError, match="must be finite"):
-        transfer.begin(network(0), bad)
+        transfer.load_pretrained_params(network(0), bad)

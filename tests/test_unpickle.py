@@ -10,7 +10,7 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 
-from dpnb.models import conversion, unpickle
+from dpnb.models.weights import conversion, unpickle
 
 RNG = np.random.default_rng(0)
 TREE = {

@@ -6,9 +6,9 @@ import json
 import math
 import re
 
+from dpnb.models.registry import NETWORKS, find_network
 from dpnb.privacy import ACCOUNTANTS, DEFAULT_ACCOUNTANT, SAMPLERS, SMALLEST_CLIP_NORM, Mechanism
 
-NETWORKS = ("wrn", "scatter-linear", "nf-resnet", "nf-resnet-timm", "nfnet-f0", "nfnet-f1", "nfnet-f3")
 FORMS = ("auto", "materialised", "two-pass")  # of the clipped gradient, see `dpnb.gradients.clipping`
 SCHEDULES = ("constant", "cosine")
 # Fields younger than the first records: at these values they leave an experiment what it was.
@@ -35,7 +35,7 @@ class Experiment:
       norm: "group" (16 groups) or "none".
       standardised: weight standardisation of all convolutions.
       relu_first: ReLU before the norm, as in the paper; False is the classic order.
-      pretrained: public weights to begin with, a name or path as for `dpnb.models.pretrained.load`; the
+      pretrained: public weights to begin with, a name or path as for `dpnb.models.weights.load`; the
         classifier begins anew.  "" for none.
       trainable: "all", "classifier" (the last layer, on features that are computed once), or "last-k":
         the last k residual blocks and what follows them.
@@ -140,7 +140,7 @@ class Experiment:
         rate = self.learning_rate
         check(math.isfinite(rate) and rate >= 0, "learning_rate must be finite and >= 0", rate)
         check(0 <= self.momentum < 1, "momentum must be in [0, 1)", self.momentum)
-        check(self.network in NETWORKS, f"network must be one of {NETWORKS}", self.network)
+        check(self.network in NETWORKS, f"network must be one of {tuple(NETWORKS)}", self.network)
         check(self.norm in ("group", "none"), "norm must be group or none", self.norm)
         check(
             not self.on_features or self.augmult == 0,
@@ -159,8 +159,8 @@ class Experiment:
             self.pretrained,
         )
         check(
-            not self.pretrained or self.network != "scatter-linear",
-            "fixed scattering features do not begin pretrained",
+            not (self.pretrained and find_network(self.network).fixed),
+            "fixed features do not begin pretrained",
             self.network,
         )
         check(self.width > 0, "width must be positive", self.width)
@@ -179,7 +179,7 @@ class Experiment:
     @property
     def on_features(self) -> bool:
         """What is trained reads features that are computed once (`dpnb.features`), not images."""
-        return self.network == "scatter-linear" or self.trainable == "classifier"
+        return bool(find_network(self.network).fixed) or self.trainable == "classifier"
 
     def replace(self, **changes) -> "Experiment":
         """A copy with some fields changed; an unknown name raises TypeError."""

@@ -3,7 +3,7 @@
 Names are `imagenet/scratch/...`, `imagenet/finetune/WEIGHTS-WHAT/epsE` and `places365/finetune/...`. The paper
 fine-tunes networks that saw JFT-300M, which was never released. Public weights cannot simply take their
 place: those of ImageNet saw the private images themselves, and so did those of ImageNet-21k, which contains
-them (`dpnb.models.pretrained.used` refuses both). What can: networks pre-trained on Places-365, for ImageNet;
+them (`dpnb.models.weights.provenance` refuses both). What can: networks pre-trained on Places-365, for ImageNet;
 and networks of ImageNet or ImageNet-21k, for Places-365.
 """
 
@@ -116,9 +116,7 @@ def device_hours(experiment: Experiment) -> float:
     Forward and backward are three forward passes, a multiply-add is two FLOP; features take one forward pass
     of every image, and their last layer nothing to speak of.
     """
-    forward = FORWARD[
-        experiment.network, 0 if "nfnet" in experiment.network else experiment.depth, experiment.image_size
-    ]
+    forward = FORWARD[experiment.network, experiment.depth, experiment.image_size]
     views = experiment.steps * experiment.expected_batch_size * max(experiment.augmult, 1)
     passes = EXAMPLES[experiment.dataset] if experiment.on_features else 3 * views
     return 2 * forward * passes / EFFECTIVE / 3600

@@ -1,33 +1,31 @@
-"""The model zoo, and how an NNX model becomes a pure function of its parameters."""
+"""The model zoo, the table of networks, and how an NNX model becomes a pure function of its parameters.
 
-from collections.abc import Callable
-from typing import Any
+Importing this package is cheap: JAX is loaded with the first model that is asked for.
+"""
 
-import jax
-from flax import nnx
+from typing import TYPE_CHECKING
 
-from dpnb.models.nf_resnet import NFResNet
-from dpnb.models.nfnet import NFNet
-from dpnb.models.scattering import ScatterLinear
-from dpnb.models.wide_resnet import WideResNet
+from dpnb import lazy
+from dpnb.models.registry import NETWORKS, Network
 
-__all__ = ["NFNet", "NFResNet", "ScatterLinear", "WideResNet", "functional"]
+if TYPE_CHECKING:  # at run time each is imported when it is first used
+    from dpnb.models.checks import MixesExamples, check_independent
+    from dpnb.models.nf_resnet import NFResNet
+    from dpnb.models.nfnet import NFNet
+    from dpnb.models.pure import functional
+    from dpnb.models.scattering import ScatterLinear
+    from dpnb.models.wide_resnet import WideResNet
 
+__all__ = [
+    "NETWORKS", "MixesExamples", "NFNet", "NFResNet", "Network", "ScatterLinear", "WideResNet", "check_independent",
+    "functional",
+]  # fmt: skip
 
-def functional(model: nnx.Module) -> tuple[dict[str, Any], Callable[[Any, jax.Array], jax.Array]]:
-    """Splits any NNX model into parameters and a pure function.
-
-    Whatever is not an `nnx.Param` (running statistics, random streams) stays as it is now:
-    updates of it are dropped, since they would carry data around the clipping.
-
-    Args:
-      model: any NNX module whose call takes inputs [batch, ...].
-    Returns:
-      (params, apply): a nested dict of arrays, and `apply(params, inputs) -> outputs`.
-    """
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
-
-    def apply(params, inputs):
-        return nnx.merge(graph, params, rest, copy=True)(inputs)
-
-    return nnx.to_pure_dict(params), apply
+__getattr__, __dir__ = lazy.attach(
+    __name__,
+    {
+        "MixesExamples": "dpnb.models.checks", "check_independent": "dpnb.models.checks",
+        "functional": "dpnb.models.pure", "NFNet": "dpnb.models.nfnet", "NFResNet": "dpnb.models.nf_resnet",
+        "ScatterLinear": "dpnb.models.scattering", "WideResNet": "dpnb.models.wide_resnet",
+    },
+)  # fmt: skip

@@ -208,3 +208,19 @@ class NFResNet(nnx.Module):
     def __call__(self, images: jax.Array) -> jax.Array:
         """Images float [batch, height, width, 3] -> logits float32 [batch, num_classes]."""
         return self.linear(self.features(images).astype(self.linear.kernel[...].dtype))
+
+
+def build(experiment, num_classes: int, rngs: nnx.Rngs, published_by: str = "deepmind") -> NFResNet:
+    """The NF-ResNet of an experiment, whose branches begin with gain 1 (paper, ImageNet from scratch).
+
+    No stochastic depth: it would be the same in every update.
+    """
+    e = experiment
+    dtype = None if e.compute_dtype == "float32" else e.compute_dtype
+    given = dict(width=e.width, remat=e.remat, dtype=dtype, rngs=rngs)
+    return NFResNet(e.depth, num_classes, published_by=published_by, **given)
+
+
+def build_as_timm(experiment, num_classes: int, rngs: nnx.Rngs) -> NFResNet:
+    """The same with timm's padding and shortcuts, for its weights."""
+    return build(experiment, num_classes, rngs, published_by="timm")

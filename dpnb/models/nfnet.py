@@ -126,3 +126,11 @@ class NFNet(nnx.Module):
     def __call__(self, images: jax.Array) -> jax.Array:
         """Images float [batch, height, width, 3] -> logits float32 [batch, num_classes]."""
         return self.linear(self.features(images).astype(self.linear.kernel[...].dtype))
+
+
+def build(experiment, num_classes: int, rngs: nnx.Rngs) -> NFNet:
+    """The NFNet of an experiment, whose network ends in its size ("nfnet-f0"). No stochastic depth, as in NF-ResNets."""
+    e = experiment
+    dtype = None if e.compute_dtype == "float32" else e.compute_dtype
+    size = e.network.rpartition("-")[2].upper()
+    return NFNet(size, num_classes, width=e.width, remat=e.remat, dtype=dtype, rngs=rngs)

@@ -7,12 +7,14 @@ the paper at epsilon = 1.
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+WORDS = "log scattering J=2 L=8, standardised by random images and image"  # hashed: never changed
 CHANNELS = 81  # 1 mean, 2 scales x 8 angles, and 8 x 8 pairs of angles
 
 
@@ -188,3 +190,14 @@ class ScatterLinear(nnx.Module):
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Features float32 [batch, *shape] -> logits [batch, num_classes]."""
         return linear(inputs.reshape(len(inputs), -1), self.kernel[...]) + self.bias[...]
+
+
+def build(experiment, num_classes: int, rngs: nnx.Rngs) -> ScatterLinear:
+    """The linear layer of an experiment, for `dpnb.models.registry`."""
+    return ScatterLinear(num_classes)
+
+
+def make_transform(side: int) -> Callable[[jax.Array], jax.Array]:
+    """`features` with standards over random images: uint8 [batch, side, side, 3] -> float32 [batch, ...]."""
+    mean, std = standards(side)
+    return jax.jit(functools.partial(features, mean=mean, std=std))

@@ -108,3 +108,18 @@ class WideResNet(nnx.Module):
     def __call__(self, images: jax.Array) -> jax.Array:
         """Images float [batch, height, width, 3] -> logits float32 [batch, num_classes]."""
         return self.linear(self.features(images).astype(self.linear.kernel[...].dtype))
+
+
+def build(experiment, num_classes: int, rngs: nnx.Rngs) -> WideResNet:
+    """The Wide-ResNet of an experiment, for `dpnb.models.registry`."""
+    e = experiment
+    return WideResNet(
+        e.depth,
+        e.width,
+        num_classes,
+        norm=None if e.norm == "group" else lambda features: nnx.identity,
+        standardised=e.standardised,
+        act=relu_then_norm if e.relu_first else norm_then_relu,
+        dtype=None if e.compute_dtype == "float32" else e.compute_dtype,
+        rngs=rngs,
+    )

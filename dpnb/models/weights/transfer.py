@@ -4,20 +4,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dpnb.models.conversion import Arrays
+from dpnb.models.weights.conversion import Arrays
 
 
 class Frozen(nnx.Variable):
-    """A parameter that is not trained: not an `nnx.Param`, so `dpnb.models.functional` leaves it as it is."""
+    """A parameter that is not trained: not an `nnx.Param`, so `dpnb.models.pure.functional` leaves it as it is."""
 
 
-def begin(model: nnx.Module, weights: Arrays) -> None:
+def load_pretrained_params(model: nnx.Module, weights: Arrays) -> None:
     """Sets every parameter of `model` to the public one of that name; the classifier keeps its own.
 
     A new data set has other classes, so the paper, too, resets the classifier before fine-tuning.
 
     Args:
-      weights: {"blocks/0/conv1/kernel": array, ...}, from `dpnb.models.pretrained.load`.
+      weights: {"blocks/0/conv1/kernel": array, ...}, from `dpnb.models.weights.catalogue.load`.
     Raises:
       ValueError: names or shapes are not this network's; nothing is set then.
     """

@@ -1,18 +1,12 @@
-"""Public weights by name or path, and the conversion of published files to safetensors.
-
-    python -m dpnb.models.pretrained list
-    python -m dpnb.models.pretrained convert wrn-40-4-imagenet32 WRN_40_4_IMAGENET32.dill wrn.safetensors
-    python -m dpnb.models.pretrained pack runs/pretrain/textures/teach-seed0/ema.safetensors OUT.safetensors
+"""Public weights by name or path, and published files converted to safetensors.
 
 What a network saw before private training is public by assumption: an epsilon says nothing about it.
 """
 
-import argparse
 import dataclasses
 import hashlib
 import pathlib
 import re
-import sys
 import urllib.request
 
 import jax
@@ -22,13 +16,13 @@ from safetensors.numpy import load as parse
 from safetensors.numpy import save as serialised
 
 from dpnb.data import Dataset
-from dpnb.experiments.experiment import Experiment
 from dpnb.files import write_whole
-from dpnb.models import conversion, nf_resnet, nfnet, unpickle
-from dpnb.models.conversion import Arrays
+from dpnb.models import nf_resnet, nfnet
+from dpnb.models.weights import conversion, unpickle
+from dpnb.models.weights.conversion import Arrays
 
 CACHE = pathlib.Path("~/.cache/dpnb/weights")
-OURS = pathlib.Path(__file__).parents[2] / "results" / "pretrained"  # of a source checkout
+OURS = pathlib.Path(__file__).parents[3] / "results" / "pretrained"  # of a source checkout
 AUTHORS = "https://storage.googleapis.com/dm_jax_privacy/models/"
 TIMM = "https://huggingface.co/timm/"
 
@@ -145,7 +139,7 @@ def _content(name: str, cache: str | pathlib.Path) -> bytes:
     if weights.sha256 is None:
         raise ValueError(
             f"{name}: no SHA-256 is on record, and nothing is trusted on first use; download {weights.url} "
-            f"yourself, `python -m dpnb.models.pretrained convert {name} FILE OUT.safetensors`, and pass OUT's path"
+            f"yourself, `python -m dpnb.models.weights convert {name} FILE OUT.safetensors`, and pass OUT's path"
         )
     kept = pathlib.Path(cache).expanduser() / f"{name}.safetensors"
     if kept.is_file():
@@ -219,35 +213,35 @@ def saw(name_or_path: str | pathlib.Path) -> str:
         raise _damaged(name_or_path, error) from error
 
 
-def used(experiment: Experiment, private: Dataset | None = None) -> dict[str, str] | None:
-    """Which public weights the experiment begins with, for its record; None for none.
+def provenance(name_or_path: str, private: Dataset | None = None) -> dict[str, str] | None:
+    """Which public weights these are, for the record of what begins with them; None for "", no weights.
 
     Args:
       private: what is about to be trained on.
     Raises:
-      ValueError: the weights say that they saw a data set of that name or fingerprint (or ImageNet, where
+      ValueError: the weights say that they saw a data set of that name or fingerprint (or ImageNet, if
         the classes are WordNet numbers, as ImageNet's are): what they carry of it goes past every clip and
         all noise, and no epsilon covers it. Renamed copies cannot be detected, nor can other fingerprints in
         weights from a run with a secret seed, which name their data by a keyed hash; the user vouches for
         those. Other errors as in `load`.
     """
-    if not experiment.pretrained:
+    if not name_or_path:
         return None
-    seen = saw(experiment.pretrained)
+    seen = saw(name_or_path)
     if private is not None:  # refused before anybody downloads and converts them
-        _refuse_seen(experiment, private, seen)
-    content = identity(load(experiment.pretrained))
-    return {"weights": pathlib.Path(experiment.pretrained).name, "sha256": content, "saw": seen}
+        _refuse_seen(name_or_path, private, seen)
+    content = identity(load(name_or_path))
+    return {"weights": pathlib.Path(name_or_path).name, "sha256": content, "saw": seen}
 
 
-def _refuse_seen(experiment: Experiment, private: Dataset, seen: str) -> None:
+def _refuse_seen(name_or_path: str, private: Dataset, seen: str) -> None:
     """Weights that name the private data among what they saw: by name, fingerprint, or ImageNet's classes."""
     wordnet = sum(re.fullmatch(r"n\d{8}", name) is not None for name in private.classes)
     called = [private.name, *["imagenet"] * (2 * wordnet > len(private.classes))]
     if private.fingerprint in seen or any(names(name, seen) for name in called):
         raise ValueError(
-            f"{experiment.name}: public weights must not have seen the private data ({', also known as '.join(called)}), got "
-            f"{experiment.pretrained}, trained on {seen}; take others, or train from scratch"
+            f"public weights must not have seen the private data ({', also known as '.join(called)}), got "
+            f"{name_or_path}, trained on {seen}; take others, or train from scratch"
         )
 
 
@@ -315,42 +309,3 @@ def _orbax(directory: str | pathlib.Path):
     like = reader.metadata(where).item_metadata.tree
     as_numpy = jax.tree.map(lambda _: orbax.checkpoint.RestoreArgs(restore_type=np.ndarray), like)
     return reader.restore(where, restore_args=as_numpy)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """`list` the registry, or `convert` a published file and say its hash."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dpnb.models.pretrained", description=__doc__.split("\n")[0]
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="names, sources, licences, and what each network saw")
-    add = commands.add_parser("convert", help="a published file to safetensors")
-    add.add_argument("name", choices=WEIGHTS)
-    add.add_argument("published", type=pathlib.Path)
-    add.add_argument("out", type=pathlib.Path)
-    add = commands.add_parser("pack", help="a file of ours in half precision")
-    add.add_argument("published", type=pathlib.Path, help="ema.safetensors of a run")
-    add.add_argument("out", type=pathlib.Path)
-    options = parser.parse_args(arguments)
-    if options.command == "list":
-        for name, w in WEIGHTS.items():
-            print(f"{name}: {w.network}, {w.num_classes} classes, saw {w.saw}; inputs {w.inputs}")
-            print(
-                f"    {w.url or OURS} ({w.licence}), SHA-256 of the converted file: {w.sha256 or 'not on record'}"
-            )
-        return 0
-    try:
-        if options.command == "pack":
-            content = pack(options.published)
-        else:
-            content = converted(options.published, options.name)
-    except (OSError, KeyError, ValueError) as error:
-        print(f"{options.published}: {error}", file=sys.stderr)
-        return 2
-    write_whole(options.out, content)
-    print(f"{options.out}: SHA-256 {hashlib.sha256(content).hexdigest()}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

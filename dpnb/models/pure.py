@@ -1,0 +1,26 @@
+"""How an NNX model becomes a pure function of its parameters."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+
+def functional(model: nnx.Module) -> tuple[dict[str, Any], Callable[[Any, jax.Array], jax.Array]]:
+    """Splits any NNX model into parameters and a pure function.
+
+    Whatever is not an `nnx.Param` (running statistics, random streams) stays as it is now:
+    updates of it are dropped, since they would carry data around the clipping.
+
+    Args:
+      model: any NNX module whose call takes inputs [batch, ...].
+    Returns:
+      (params, apply): a nested dict of arrays, and `apply(params, inputs) -> outputs`.
+    """
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def apply(params, inputs):
+        return nnx.merge(graph, params, rest, copy=True)(inputs)
+
+    return nnx.to_pure_dict(params), apply

@@ -1,0 +1,51 @@
+"""Lists public weights, and converts published files to safetensors.
+
+python -m dpnb.models.weights list
+python -m dpnb.models.weights convert wrn-40-4-imagenet32 WRN_40_4_IMAGENET32.dill wrn.safetensors
+python -m dpnb.models.weights pack runs/pretrain/textures/teach-seed0/ema.safetensors OUT.safetensors
+"""
+
+import argparse
+import hashlib
+import pathlib
+import sys
+
+from dpnb.files import write_whole
+from dpnb.models.weights.catalogue import OURS, WEIGHTS, converted, pack
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`list` the registry, or `convert` a published file and say its hash."""
+    parser = argparse.ArgumentParser(prog="python -m dpnb.models.weights", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="names, sources, licences, and what each network saw")
+    add = commands.add_parser("convert", help="a published file to safetensors")
+    add.add_argument("name", choices=WEIGHTS)
+    add.add_argument("published", type=pathlib.Path)
+    add.add_argument("out", type=pathlib.Path)
+    add = commands.add_parser("pack", help="a file of ours in half precision")
+    add.add_argument("published", type=pathlib.Path, help="ema.safetensors of a run")
+    add.add_argument("out", type=pathlib.Path)
+    options = parser.parse_args(arguments)
+    if options.command == "list":
+        for name, w in WEIGHTS.items():
+            print(f"{name}: {w.network}, {w.num_classes} classes, saw {w.saw}; inputs {w.inputs}")
+            print(
+                f"    {w.url or OURS} ({w.licence}), SHA-256 of the converted file: {w.sha256 or 'not on record'}"
+            )
+        return 0
+    try:
+        if options.command == "pack":
+            content = pack(options.published)
+        else:
+            content = converted(options.published, options.name)
+    except (OSError, KeyError, ValueError) as error:
+        print(f"{options.published}: {error}", file=sys.stderr)
+        return 2
+    write_whole(options.out, content)
+    print(f"{options.out}: SHA-256 {hashlib.sha256(content).hexdigest()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
