@@ -27,12 +27,14 @@ import jax.numpy as jnp
 import numpy as np
 from clipped_gradient import compiled, network, off, textbook
 
-from dpnb import cost, experiments
+from dpnb import experiments
 from dpnb.data import Dataset, Split, augment
 from dpnb.data import load as load_data
 from dpnb.gradients.clipping import clipped_grad
 from dpnb.gradients.convolution import FORMULATIONS, formulation
-from dpnb.update import draw_noise, make_trainer, one_update, step_key
+from dpnb.training import cost
+from dpnb.training.seeds import step_key
+from dpnb.training.update import draw_noise, make_trainer, one_update
 
 # name: (compute dtype, precision of matrix products)
 PRECISIONS = {

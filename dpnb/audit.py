@@ -12,7 +12,7 @@ were made. Not the converse: an attack that finds little, or nothing, shows noth
 few runs: a bound says how much it could have shown at `most`, and where that is less than the stated epsilon, no
 fault at all would be seen (`Bound.verdict`). Nor does the audit see noise that is left out on one leaf, a clip after
 the sum, a batch that is always the same or a draw that is cut short, where the canary does not look:
-`dpnb.checks` looks there. `reachable_values` attacks the arithmetic of the noise itself.
+`dpnb.training.checks` looks there. `reachable_values` attacks the arithmetic of the noise itself.
 The bounds are a page of SciPy; jax-privacy 2.0 has them too, but brings pydantic, chex and a second trainer.
 References: Nasr et al. 2021 (arXiv 2101.04535) for two worlds; Steinke, Nasr and Jagielski 2023, Privacy
 auditing with one (1) training run (arXiv 2305.08846); Mironov 2012, On significance of the least significant bits
@@ -28,9 +28,9 @@ import jax
 import numpy as np
 from scipy import optimize, stats
 
-from dpnb import update
 from dpnb.privacy.sampling import Poisson, Shuffle, physical_batches
-from dpnb.update import Trainer
+from dpnb.training import seeds, update
+from dpnb.training.update import Trainer
 
 CHUNK = 500  # runs side by side
 
@@ -83,7 +83,7 @@ class Without:
 
 def canary_gradient(trainer: Trainer, canary: int) -> np.ndarray:
     """What an example adds to a sum at the first parameters: its clipped gradient, float32 [parameters]."""
-    key = update.step_key(trainer.state.key, 0)
+    key = seeds.step_key(trainer.state.key, 0)
     ((part, mask),) = physical_batches(np.array([canary]), trainer.physical_batch_size)
     totals = trainer.accumulate(*update.inputs(trainer, trainer.state, trainer.zero(), part, mask, key))
     return _flat(
@@ -92,10 +92,10 @@ def canary_gradient(trainer: Trainer, canary: int) -> np.ndarray:
 
 
 def moves(trainer: Trainer, steps: int, seed: int, excluded: Sequence[int] = ()) -> np.ndarray:
-    """One run from the trainer's first state, by `dpnb.update.one_update`: all that an attacker can see.
+    """One run from the trainer's first state, by `dpnb.training.update.one_update`: all that an attacker can see.
 
     Args:
-      trainer: from `dpnb.update.make_trainer`, or one that was broken on purpose.
+      trainer: from `dpnb.training.update.make_trainer`, or one that was broken on purpose.
       steps, seed: number of updates; seed of the sampling, the augmentation and the noise.
       excluded: positions of the training examples that this run goes without.
     Returns:
@@ -133,8 +133,8 @@ def two_worlds(
     score = score or (lambda moved: moved.sum(1) @ direction / np.linalg.norm(direction))
     images, labels, *_ = trainer.feed.blank(size)
 
-    def one(state, indices, mask, noise):  # what `dpnb.update.one_update` does
-        key = update.step_key(state.key, state.step)
+    def one(state, indices, mask, noise):  # what `dpnb.training.update.one_update` does
+        key = seeds.step_key(state.key, state.step)
         totals = trainer.accumulate(state.params, trainer.zero(), images, labels, indices, mask, key)
         return trainer.update(state, totals, noise)[0]
 
@@ -145,7 +145,7 @@ def two_worlds(
         samplers = [dataclasses.replace(trainer.sampler, seed=s) for s in seeds]
         noises = [trainer.noise and dataclasses.replace(trainer.noise, seed=s) for s in seeds]
         state = jax.tree.map(lambda x: np.broadcast_to(x, (CHUNK, *x.shape)), trainer.state)
-        state = state._replace(key=np.stack([update.root_key(s) for s in seeds]))
+        state = state._replace(key=np.stack([seeds.root_key(s) for s in seeds]))
         seen = [_flat(state.params, CHUNK)]
         for step in range(steps):
             masks = np.zeros((CHUNK, size), bool)

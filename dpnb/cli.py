@@ -215,7 +215,8 @@ def run(options) -> int:
         print(f"dpnb: the notebook up to there is {unfinished}")
         return 1
     unfinished.replace(executed)  # only now: a refused run leaves an earlier one's notebook alone
-    from dpnb import release, results
+    from dpnb import results
+    from dpnb.results import release
 
     released = e.seed is None and (out / "release").is_dir()  # not without a privacy claim
     folder = out / "release" if released else private
@@ -250,7 +251,7 @@ def table(options) -> int:
 
 
 def verify(options) -> int:
-    from dpnb import verification
+    from dpnb.results import verification
 
     report = verification.verify(options.record, data_dir=options.data_dir, data_file=options.data_file)
     print("\n".join(report.lines))

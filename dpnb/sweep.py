@@ -7,10 +7,12 @@ from typing import Any
 
 import jax
 
-from dpnb import cost, experiments, features, release, results, training
+from dpnb import experiments, results, training
 from dpnb.data import Dataset
 from dpnb.experiments import Experiment
 from dpnb.models import weights
+from dpnb.results import release
+from dpnb.training import cost, features
 
 # Experiments that agree in these compile to the same program: one is timed for all.
 PROGRAM = (

@@ -110,8 +110,10 @@ def tiny() -> types.SimpleNamespace:
     import jax
     import pytest
 
-    from dpnb import data, release, replay, results, training
+    from dpnb import data, results, training
     from dpnb.experiments import Experiment
+    from dpnb.results import release
+    from dpnb.training import replay, session
 
     experiment = Experiment(
         name="bands/tiny", dataset="bands", depth=10, width=1, epsilon=8.0, delta=1e-3, steps=6,
@@ -120,9 +122,9 @@ def tiny() -> types.SimpleNamespace:
     )  # fmt: skip
     out, file = temporary("tiny"), temporary("data") / "bands.npz"
     data.save(bands(), file)
-    derive, derived = training.derived_seed, []
+    derive, derived = session.derived_seed, []
     with pytest.MonkeyPatch.context() as patch:
-        for module in (training, replay):
+        for module in (session, replay):
             patch.setattr(
                 module, "derived_seed", lambda *given: derived.append(derive(*given)) or derived[-1]
             )

@@ -14,10 +14,11 @@ import tiny
 from flax import nnx
 from scipy import stats
 
-from dpnb import audit, privacy, update
+from dpnb import audit, privacy
 from dpnb.data import Dataset, Split
 from dpnb.gradients.clipping import ClippedGrad
 from dpnb.privacy.noise import GridNoise, grid_bits
+from dpnb.training import update
 
 RUNS, SIGMA, Q, DELTA, CANARY, N = 3000, 1.0, 0.5, 1e-2, 0, 8
 STATED = privacy.epsilon(privacy.Mechanism(SIGMA, Q), 1, DELTA)

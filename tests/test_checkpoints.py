@@ -16,10 +16,11 @@ import pytest
 import tiny
 from flax import nnx
 
-from dpnb import checkpoints, replay, training
-from dpnb.identity import computation
+from dpnb import training
 from dpnb.privacy import PrivacyBudget
 from dpnb.privacy.ledger import Ledger, LedgerError
+from dpnb.training import checkpoints, loop, replay, seeds
+from dpnb.training.identity import computation
 
 
 def train(directory, **options):
@@ -72,7 +73,8 @@ KILLED = """
 import os, signal, sys
 import jax
 import tiny
-from dpnb import checkpoints, replay, training
+from dpnb import training
+from dpnb.training import checkpoints, replay
 from dpnb.privacy import ledger
 
 directory, where = sys.argv[1:]
@@ -146,7 +148,7 @@ def test_interrupted_in_every_part_of_the_loop(tmp_path, whole, monkeypatch):
     interrupt(Ledger, "charge", 1, after=True)  # paid, not made
     interrupt(checkpoints.ocp.CheckpointManager, "save", 1)
     interrupt(checkpoints.ocp.CheckpointManager, "save", 1, after=True)
-    interrupt(training, "curve_point", 1)
+    interrupt(loop, "curve_point", 1)
     assert_identical(train(tmp_path), whole)
 
 
@@ -243,12 +245,12 @@ def test_a_lost_secret_is_not_a_free_replay(tmp_path):
 
 
 def test_two_secret_seeds_differ(tmp_path):
-    assert checkpoints.run_seed(tmp_path, 5)[0] == 5
+    assert seeds.run_seed(tmp_path, 5)[0] == 5
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    a, b = (checkpoints.run_seed(tmp_path / d, None) for d in "ab")
+    a, b = (seeds.run_seed(tmp_path / d, None) for d in "ab")
     assert a[0] != b[0] and a[1] != b[1]
-    assert checkpoints.run_seed(tmp_path / "a", None) == a
+    assert seeds.run_seed(tmp_path / "a", None) == a
 
 
 def test_identity_of_a_model_is_what_it_computes():

@@ -14,15 +14,15 @@ import tiny
 from flax import nnx
 from scipy import stats
 
-from dpnb import checks, update
-from dpnb.checks import UnsoundTrainer, check_trainer
 from dpnb.data import load
 from dpnb.data.stand_ins import write_folders
-from dpnb.features import FeatureDataset, FeatureSplit
 from dpnb.gradients.clipping import ClippedGrad
 from dpnb.models.layers import Conv
 from dpnb.privacy.noise import GridNoise
 from dpnb.privacy.sampling import Poisson
+from dpnb.training import checks, update
+from dpnb.training.checks import UnsoundTrainer, check_trainer
+from dpnb.training.features import FeatureDataset, FeatureSplit
 
 
 def make(devices: int = 1, model=None, optimizer=None, data=None, **changes) -> update.Trainer:

@@ -17,7 +17,7 @@ from dpnb.models.weights import catalogue as pretrained
 from dpnb.models.weights import conversion
 from dpnb.models.weights.__main__ import main
 from dpnb.results import flatten
-from dpnb.verification import unflatten
+from dpnb.results.verification import unflatten
 
 DEPTHS, WIDTH, CLASSES = (1, 2, 1, 1), 0.125, 5
 IMAGES = np.random.default_rng(1).normal(size=(2, 64, 64, 3)).astype(np.float32)

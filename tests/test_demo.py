@@ -8,7 +8,8 @@ import pytest
 import shared_runs
 import test_notebooks
 
-from dpnb import privacy, verification
+from dpnb import privacy
+from dpnb.results import verification
 
 # Cells whose printed output is the same on every machine, by how they start.
 DETERMINISTIC = (

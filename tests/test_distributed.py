@@ -14,11 +14,11 @@ import tiny
 from flax import nnx
 
 from dpnb import results, training
-from dpnb.cost import memory_of
 from dpnb.data import load
 from dpnb.data.stand_ins import write_folders
 from dpnb.models import NFResNet
-from dpnb.update import draw_noise, make_trainer, one_update
+from dpnb.training.cost import memory_of
+from dpnb.training.update import draw_noise, make_trainer, one_update
 
 WORKER = """
 import json, sys
@@ -29,7 +29,7 @@ import numpy as np
 import tiny
 from dpnb import data, training
 from dpnb.privacy.ledger import Ledger
-from dpnb.update import make_trainer, one_update
+from dpnb.training.update import make_trainer, one_update
 trainer = make_trainer(tiny.experiment(augmult=1), tiny.data(), seed=5, model=tiny.Linear(), physical_batch_size=4)
 state = trainer.state
 for _ in range(2):

@@ -8,8 +8,8 @@ import tiny
 
 from dpnb.data import Split
 from dpnb.data.augment import normalise
-from dpnb.evaluation import make_evaluate
 from dpnb.models import functional
+from dpnb.training.evaluation import make_evaluate
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 7, 16, 250])

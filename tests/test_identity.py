@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from dpnb.identity import computation
+from dpnb.training.identity import computation
 
 
 def model(apply):

@@ -17,7 +17,7 @@ from dpnb import experiments, results
 from dpnb.experiments import imagenet
 from dpnb.models import NFNet, NFResNet
 from dpnb.models.weights import catalogue as pretrained
-from dpnb.update import make_trainer
+from dpnb.training.update import make_trainer
 
 
 @pytest.mark.parametrize(

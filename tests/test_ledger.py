@@ -20,7 +20,7 @@ from dpnb import privacy
 from dpnb.privacy import Mechanism, MissingAccountant, PrivacyBudget, epsilon, events_from_json
 from dpnb.privacy import ledger as module
 from dpnb.privacy.ledger import BudgetExceeded, Ledger, LedgerError, LedgerLocked, SharedNoise
-from dpnb.replay import stream_name
+from dpnb.training.replay import stream_name
 
 DELTA = 1e-5
 M = Mechanism(10.0, 0.1)
@@ -554,7 +554,7 @@ class Run:
 
     A value is determined by the parameters before it, by the noise (of its stream and step), and by `settings`, a pair
     (what is known to matter, what matters and nobody thought of). A checkpoint holds (parameters, stream, settings
-    that are known). What it does is what `dpnb.training` and `dpnb.replay` do.
+    that are known). What it does is what `dpnb.training` and `dpnb.training.replay` do.
     """
 
     def __init__(self, path):

@@ -12,7 +12,8 @@ from scipy import stats
 from dpnb.privacy import noise
 from dpnb.privacy.noise import GridNoise, grid_bits, rounded_gaussian
 from dpnb.privacy.randomness import random_bytes
-from dpnb.update import draw_noise, make_trainer, root_key, step_key
+from dpnb.training.seeds import root_key, step_key
+from dpnb.training.update import draw_noise, make_trainer
 
 N = 20_000
 

@@ -71,7 +71,9 @@ def test_the_library_imports_without_the_optional_packages():
     """Every module but the plots; the accountant is missed where it is used, with what to install."""
     done = subprocess.run([sys.executable, "-c", IMPORT], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert {"dpnb", "dpnb.training", "dpnb.update", "dpnb.results", "dpnb.models.layers"} < set(MODULES)
+    assert {"dpnb", "dpnb.training", "dpnb.training.update", "dpnb.results", "dpnb.models.layers"} < set(
+        MODULES
+    )
     assert "pip install dp-accounting" in done.stdout
 
 

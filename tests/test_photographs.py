@@ -14,13 +14,14 @@ import tiny
 from flax import nnx
 from PIL import Image
 
-from dpnb import data, training, update
+from dpnb import data, training
 from dpnb.data import DataError, Dataset, Split, photographs, sources, stand_ins
 from dpnb.data.augment import views
 from dpnb.data.photographs import Photographs
 from dpnb.data.recipe import photographs as recipe_for
-from dpnb.evaluation import make_evaluate
 from dpnb.privacy import sampling
+from dpnb.training import update
+from dpnb.training.evaluation import make_evaluate
 
 SIZE = 8
 

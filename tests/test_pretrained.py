@@ -14,7 +14,7 @@ from dpnb.models import NFResNet, WideResNet, functional
 from dpnb.models.weights import catalogue as pretrained
 from dpnb.models.weights.__main__ import main
 from dpnb.results import flatten
-from dpnb.verification import unflatten
+from dpnb.results.verification import unflatten
 
 DEPTH, WIDTH, CLASSES = 16, 1, 7
 WEIGHTS = pretrained.Weights("", "haiku", "ours", f"wrn-{DEPTH}-{WIDTH}", CLASSES, "nothing", "random")

@@ -16,7 +16,7 @@ from dp_accounting.pld import PLDAccountant
 from scipy import fft
 from scipy.special import log_ndtr
 
-from dpnb import consistency, privacy, results
+from dpnb import privacy, results
 from dpnb.experiments import Experiment
 from dpnb.privacy import (
     Mechanism,
@@ -31,6 +31,7 @@ from dpnb.privacy import (
     epsilon_curve,
     events_from_json,
 )
+from dpnb.results import consistency
 
 Q = 4096 / 50_000
 DELTA = 1e-5

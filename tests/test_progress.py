@@ -5,7 +5,7 @@ import types
 
 import pytest
 
-from dpnb import progress
+from dpnb.training import progress
 
 POINT = {"batch_size": 100, "train_loss": 1.5, "train_accuracy": 40.0, "epsilon": 0.75}
 

@@ -53,7 +53,7 @@ def test_one_line_is_enough_for_training_features_and_a_record(patches, tmp_path
     assert flatten(first.params)["stem/kernel"].shape == (48, 16)
     assert "Patches-2" in list(results.summary([first.experiment], [record])["network"])
 
-    from dpnb import features
+    from dpnb.training import features
 
     other = dataclasses.replace(
         tiny.data(seed=1), name="other"

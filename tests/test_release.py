@@ -14,8 +14,9 @@ import pytest
 import shared_runs
 from safetensors import safe_open
 
-from dpnb import cli, data, experiments, release, results, sweep
+from dpnb import cli, data, experiments, results, sweep
 from dpnb.experiments import Experiment
+from dpnb.results import release
 from dpnb.training import Run
 
 STATISTICS = ("train_loss", "train_accuracy", "mean_norm", "clipped_fraction")  # of a point of the curve

@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 import tiny
 
-from dpnb import checkpoints, privacy, replay, training, update
+from dpnb import privacy, training
 from dpnb.privacy.ledger import Ledger, LedgerLocked
 from dpnb.privacy.noise import GridNoise
-from dpnb.replay import Payer, digest
+from dpnb.training import loop, replay, seeds, session, settings, update
+from dpnb.training.replay import Payer, digest
 
 E = tiny.experiment(augmult=1, eval_every=3)
 STEPS = E.steps
@@ -74,7 +75,7 @@ def train(directory, **options):
 @pytest.fixture
 def registered(monkeypatch):
     """A network of the zoo: a model of one's own is traced, so that its settings are in its name."""
-    for module in (training, update):
+    for module in (session, update):
         monkeypatch.setattr(module, "make_model", lambda *_: tiny.Linear())
 
 
@@ -115,7 +116,7 @@ def test_a_job_that_is_killed_early_and_tried_once_with_other_settings(tmp_path,
 
 def test_settings_that_no_list_knows(tmp_path, witness, monkeypatch, registered):
     """The bits differ though all known settings agree: thrown away unseen, drawn afresh, charged."""
-    monkeypatch.setattr(training, "settings_of", lambda *_: "the same")
+    monkeypatch.setattr(session, "settings_of", lambda *_: "the same")
     train(tmp_path, stop_at_step=3, model=None)
     forget(tmp_path)
     before = jax.config.jax_threefry_partitionable
@@ -157,7 +158,7 @@ def test_any_history(tmp_path, witness, monkeypatch, seed):
     """Deaths, lost, older and restored checkpoints, copies of the folder, settings known and unknown."""
     rng, folders, kept = random.Random(seed), [tmp_path / "0"], []
     train(tmp_path / "0", stop_at_step=1)
-    settings_of = training.settings_of
+    settings_of = settings.settings_of
     for life in range(7):
         folder = rng.choice(folders)
         event = rng.choice(["forget", "newest", "keep", "restore", "copy", "nothing"])
@@ -178,11 +179,11 @@ def test_any_history(tmp_path, witness, monkeypatch, seed):
             folder = folders[-1]
         with monkeypatch.context() as patch:
             if rng.random() < 0.5:  # nobody knows what differs
-                patch.setattr(training, "settings_of", lambda e, *_: "the same")
+                patch.setattr(session, "settings_of", lambda e, *_: "the same")
             else:
-                patch.setattr(training, "settings_of", settings_of)
+                patch.setattr(session, "settings_of", settings_of)
             die, calls = (
-                rng.choice([None, (replay, "one_update"), (Ledger, "charge"), (training, "curve_point")]),
+                rng.choice([None, (replay, "one_update"), (Ledger, "charge"), (loop, "curve_point")]),
                 [],
             )
             if die:
@@ -321,4 +322,4 @@ def test_usual_modes_of_jax(tmp_path, mode):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines()[-1].startswith("2 float32") and len(lines(tmp_path)) == 2
-    assert checkpoints.run_seed(tmp_path, 3) == (3, "seed 3")
+    assert seeds.run_seed(tmp_path, 3) == (3, "seed 3")

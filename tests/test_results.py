@@ -11,7 +11,8 @@ import pytest
 import shared_runs
 from safetensors.numpy import load_file, save_file
 
-from dpnb import consistency, data, experiments, privacy, results, verification
+from dpnb import data, experiments, privacy, results
+from dpnb.results import consistency, provenance, verification
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def test_every_item_is_there(tiny):
         "name": "bands", "training_examples": 96, "fingerprint": bands.fingerprint, "note": "made up",
     }  # fmt: skip
     assert (
-        set(results.PACKAGES) | {"python"} <= set(r["versions"])
+        set(provenance.PACKAGES) | {"python"} <= set(r["versions"])
         and "not installed" not in r["versions"].values()
     )
     assert r["devices"].startswith("1 x ") and "CPU cores" in r["machine"]

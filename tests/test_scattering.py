@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import tiny
 
-from dpnb import data, features, training
+from dpnb import data, training
 from dpnb.experiments import Experiment
 from dpnb.gradients.clipping import clipped_grad
 from dpnb.models import ScatterLinear, functional, scattering
+from dpnb.training import features
 
 RANDOM = np.random.default_rng(0)
 

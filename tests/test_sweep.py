@@ -8,8 +8,9 @@ import pandas
 import pytest
 import shared_runs
 
-from dpnb import experiments, results, sweep, training, update
+from dpnb import experiments, results, sweep, training
 from dpnb.experiments import Experiment, studies
+from dpnb.training import session, update
 
 TINY = dict(dataset="bands", steps=2, expected_batch_size=24, delta=1e-3, physical_batch_size=8, augmult=0,
             accountant="rdp", eval_every=0)  # fmt: skip
@@ -18,7 +19,7 @@ TINY = dict(dataset="bands", steps=2, expected_batch_size=24, delta=1e-3, physic
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     monkeypatch.setattr(update, "make_model", shared_runs.linear)
-    monkeypatch.setattr(training, "make_model", shared_runs.linear)
+    monkeypatch.setattr(session, "make_model", shared_runs.linear)
 
 
 def plan(pattern="cifar10/lr-clip/lr1-*", seeds=2, **changes):
@@ -30,7 +31,7 @@ def done():
     """Three cells, two seeds, run once; `said` is what it printed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(update, "make_model", shared_runs.linear)
-        patch.setattr(training, "make_model", shared_runs.linear)
+        patch.setattr(session, "make_model", shared_runs.linear)
         root, said = shared_runs.temporary("sweep"), []
         return root, sweep.run(plan(), shared_runs.bands(), root, said.append), said
 

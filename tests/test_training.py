@@ -9,12 +9,12 @@ import pytest
 import tiny
 from flax import nnx
 
-from dpnb import cost, data, privacy
+from dpnb import data, privacy
 from dpnb.experiments import Experiment
-from dpnb.feeding import Resident
 from dpnb.models.checks import MixesExamples
-from dpnb.progress import Progress
-from dpnb.training import calibrated, epsilon_spent, train
+from dpnb.training import calibrated, cost, epsilon_spent, train
+from dpnb.training.feeding import Resident
+from dpnb.training.progress import Progress
 
 
 def run(experiment, directory, **options):
@@ -138,7 +138,7 @@ def test_predicting_the_cost_spends_nothing(tmp_path, monkeypatch):
     """No ledger, and only masked examples: other images cannot change anything."""
     monkeypatch.chdir(tmp_path)
     e = tiny.experiment(augmult=0, depth=10, width=1, epsilon=8.0)
-    monkeypatch.setattr("dpnb.update.make_model", lambda *_: tiny.Linear())
+    monkeypatch.setattr("dpnb.training.update.make_model", lambda *_: tiny.Linear())
     masks, real = [], Resident.batch
     monkeypatch.setattr(
         Resident, "batch", lambda self, indices, mask: masks.append(mask) or real(self, indices, mask)

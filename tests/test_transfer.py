@@ -12,13 +12,14 @@ import tiny
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from dpnb import data, features, results, sweep, training, verification
+from dpnb import data, results, sweep, training
 from dpnb.data import augment
 from dpnb.models import WideResNet, functional
 from dpnb.models.registry import make_model
 from dpnb.models.weights import catalogue as pretrained
 from dpnb.models.weights import transfer
-from dpnb.results import flatten
+from dpnb.results import flatten, verification
+from dpnb.training import features
 
 
 def network(seed, classes=tiny.CLASSES, depth=10):

@@ -13,7 +13,8 @@ from flax import nnx
 from dpnb.data.augment import views
 from dpnb.models import functional
 from dpnb.privacy import sampling
-from dpnb.update import draw_noise, inputs, make_trainer, one_update, step_key
+from dpnb.training.seeds import step_key
+from dpnb.training.update import draw_noise, inputs, make_trainer, one_update
 
 
 def flat(tree) -> np.ndarray:

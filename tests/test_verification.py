@@ -13,7 +13,9 @@ import shared_runs
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from dpnb import cli, consistency, data, experiments, features, privacy, results, training, verification
+from dpnb import cli, data, experiments, privacy, results, training
+from dpnb.results import consistency, verification
+from dpnb.training import features
 
 RECORDS = sorted((shared_runs.ROOT / "results").rglob("result.json"))
 EPSILON = {"pld": "epsilon_pld", "rdp": "epsilon_rdp"}

@@ -178,7 +178,7 @@ class Experiment:
 
     @property
     def on_features(self) -> bool:
-        """What is trained reads features that are computed once (`dpnb.features`), not images."""
+        """What is trained reads features that are computed once (`dpnb.training.features`), not images."""
         return bool(find_network(self.network).fixed) or self.trainable == "classifier"
 
     def replace(self, **changes) -> "Experiment":

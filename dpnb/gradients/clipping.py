@@ -328,7 +328,7 @@ def choose_form(params: PyTree, examples: int, free_bytes: int) -> tuple[str, st
     Args:
       params: pytree of arrays or of their shapes (`jax.ShapeDtypeStruct`); nothing is allocated.
       examples: whose gradients are alive at a time: those of one call on one device.
-      free_bytes: free memory of the device (`dpnb.cost.free_memory`).
+      free_bytes: free memory of the device (`dpnb.training.cost.free_memory`).
     Returns:
       ("materialised", why) where the float32 gradients of that many examples take at most 40 % of
       the free memory (the rest is for activations, the sum and the optimizer), else ("two-pass", why).

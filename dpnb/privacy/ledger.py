@@ -57,7 +57,7 @@ class Ledger:
         noise do not compose at all, however often they are charged, so that a second one is refused
         (`SharedNoise`): throw it away unseen, and draw afresh.
     What is compared leaves one trace: that a repetition differed at all, which depends on how the two
-    programs round. Whoever knows that settings changed (see `dpnb.replay`) draws afresh without comparing.
+    programs round. Whoever knows that settings changed (see `dpnb.training.replay`) draws afresh without comparing.
     That PLD composes mechanisms is proven for a sequence that is fixed beforehand: if sigma or q are changed after
     looking at results, go by "rdp".
     A copied or deleted file can vouch for nothing; `check_holds` notices an older one.
@@ -137,7 +137,7 @@ class Ledger:
         Args:
           step: index of the update, >= 0.
           mechanism: what ran.
-          released: hash of the result, to the bit (`dpnb.replay.digest`).
+          released: hash of the result, to the bit (`dpnb.training.replay.digest`).
           stream: name of what sampling and noise were drawn from at this step; "" if they are known to be
             fresh.
         Returns:

@@ -11,7 +11,7 @@ from dpnb.data import Dataset
 from dpnb.data.photographs import Photographs
 from dpnb.data.sources import name_unreadable
 from dpnb.privacy import sampling
-from dpnb.sharding import put, rows, whole
+from dpnb.training.sharding import put, rows, whole
 
 
 class Resident:

@@ -1,17 +1,12 @@
 """Checkpoints (Orbax): the whole state of a run, so that a resumed run ends identical to the bit."""
 
-import json
 import pathlib
-import secrets
 import shutil
 import warnings
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-
-from dpnb.files import write_whole
-from dpnb.privacy.randomness import secret_seed
 
 
 class Checkpoints:
@@ -30,7 +25,7 @@ class Checkpoints:
         """Writes atomically: a run killed while writing resumes from the checkpoint before.
 
         Args:
-          state: a `dpnb.update.State`; its key is not written.
+          state: a `dpnb.training.state.State`; its key is not written.
           notes: JSON values to find again beside it.
         """
         # The key is derived from the seed, and whoever has it has the noise: it stays out.
@@ -93,19 +88,3 @@ class Checkpoints:
 
     def close(self) -> None:
         self.manager.close()
-
-
-def run_seed(directory: pathlib.Path, seed: int | None) -> tuple[int, str]:
-    """(seed, label): the given seed, or a secret one of 256 bits kept in `directory/seed.secret`.
-
-    Whoever knows the seed knows the noise, so a secret one appears in no record. The label may:
-    it tells runs of different seeds apart, so that a new secret is never taken for a replay.
-    """
-    if seed is not None:
-        return seed, f"seed {seed}"
-    file = directory / "seed.secret"
-    if not file.exists():
-        drawn = {"seed": secret_seed(), "label": secrets.token_hex(8)}
-        write_whole(file, json.dumps(drawn), mode=0o600)
-    kept = json.loads(file.read_text())
-    return kept["seed"], f"secret {kept['label']}"

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from dpnb.data import Dataset
 from dpnb.experiments.experiment import Experiment
 from dpnb.gradients.clipping import choose_form
-from dpnb.update import Trainer, call_size, device_memory, draw_noise, make_trainer, memory_limit, step_key
+from dpnb.training.devices import call_size, device_memory, memory_limit
+from dpnb.training.seeds import step_key
+from dpnb.training.update import Trainer, draw_noise, make_trainer
 
 
 @dataclasses.dataclass(frozen=True)

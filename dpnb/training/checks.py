@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
-from dpnb import update
-from dpnb.sharding import gathered, put, rows, whole
-from dpnb.update import Seen, Totals, Trainer
+from dpnb.training import seeds, state, update
+from dpnb.training.sharding import gathered, put, rows, whole
+from dpnb.training.state import Seen, Totals
+from dpnb.training.update import Trainer
 
 ALARM = 1e-9  # how likely, at most, a sound trainer fails `check_trainer`
 OWN_SEED = 0x636865636B  # of made-up images and of draws that are the check's own
@@ -82,7 +83,7 @@ def check_trainer(trainer: Trainer) -> Report:
     numbers.
 
     Args:
-      trainer: from `dpnb.update.make_trainer`, or changed. Every process has to call it.
+      trainer: from `dpnb.training.update.make_trainer`, or changed. Every process has to call it.
     """
     found = [*_sampler(trainer)]
     if trainer.experiment.noise_multiplier:
@@ -257,7 +258,7 @@ def _hold(trainer: Trainer):
     return lambda sums, seen=0.0: hold(jax.tree.map(put, sums, trainer.places.params), np.float32(seen))
 
 
-def _on_host(state: update.State) -> dict[str, np.ndarray]:
+def _on_host(state: state.State) -> dict[str, np.ndarray]:
     leaves = jax.tree.leaves_with_path(state._replace(key=()))
     return {jax.tree_util.keystr(path): np.asarray(gathered(leaf)) for path, leaf in leaves}
 
@@ -269,7 +270,7 @@ def _clip(trainer: Trainer, norm: float) -> Iterator[Finding]:
     """What single examples add to the sum, in units of the grid; norm: the clip norm in these units."""
     size, rng = trainer.physical_batch_size, np.random.default_rng(OWN_SEED)
     batch, count = _made_up(trainer, rng)
-    key = update.step_key(put(update.root_key(OWN_SEED), whole(trainer.mesh)), 0)
+    key = seeds.step_key(put(seeds.root_key(OWN_SEED), whole(trainer.mesh)), 0)
     hold, places = _hold(trainer), np.arange(size)
     start = jax.tree.map(lambda p: _any_integers(rng, p.shape), trainer.state.params)
     nothing = jax.tree.map(np.zeros_like, start)

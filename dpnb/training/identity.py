@@ -21,7 +21,7 @@ from dpnb.models import functional
 def code() -> str:
     """SHA-256 (hex) of dpnb's own source files: another version is another computation."""
     digest = hashlib.sha256()
-    here = pathlib.Path(__file__).parent
+    here = pathlib.Path(__file__).parents[1]
     for file in sorted(here.rglob("*.py")):
         digest.update(str(file.relative_to(here)).encode() + file.read_bytes())
     return digest.hexdigest()

@@ -11,7 +11,7 @@ import optax
 from dpnb.data import Split
 from dpnb.data.augment import plain
 from dpnb.data.recipe import SMALL_IMAGES, Recipe
-from dpnb.sharding import gathered
+from dpnb.training.sharding import gathered
 
 
 class Evaluation(NamedTuple):

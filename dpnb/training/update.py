@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,51 +19,19 @@ from jax.sharding import PartitionSpec
 from dpnb.data import Dataset, augment
 from dpnb.data.recipe import Recipe
 from dpnb.experiments.experiment import Experiment
-from dpnb.feeding import Resident, Streamed, make_feed
 from dpnb.gradients.clipping import ClippedGrad, choose_form, clipped_grad
-from dpnb.hosts import from_first
 from dpnb.models.pure import functional
 from dpnb.models.registry import make_model
 from dpnb.privacy import sampling
 from dpnb.privacy.noise import GridNoise, grid_bits
-from dpnb.privacy.randomness import random_bytes
-from dpnb.sharding import AXIS, placed, put, rows, whole
-
-PyTree = Any
-
-
-class State(NamedTuple):
-    """All that an update reads and writes; one checkpoint holds it whole."""
-
-    step: jax.Array  # int32 [], updates done
-    params: PyTree  # float32
-    ema: PyTree  # float32, like params
-    optimizer: PyTree
-    key: jax.Array  # uint32 [2], the root of augmentation; never used directly
-
-
-class Totals(NamedTuple):
-    """Sums over a logical batch, one partial sum per device: leading axis [devices]."""
-
-    gradient: PyTree  # clipped, int32 in units of the grid; float32 where there is no noise
-    seen: "Seen"
-
-
-class Seen(NamedTuple):
-    """Sums over a logical batch that are NOT private: never released, only shown.
-
-    All float32: examples, loss, fraction of views classified rightly, gradient norm before
-    clipping (finite ones), examples that were clipped, examples with a non-finite gradient, and
-    those whose image could not be read.
-    """
-
-    examples: jax.Array
-    loss: jax.Array
-    right: jax.Array
-    norm: jax.Array
-    clipped: jax.Array
-    nonfinite: jax.Array
-    unreadable: jax.Array
+from dpnb.training.devices import call_size, memory_limit, microbatch
+from dpnb.training.feeding import Resident, Streamed, make_feed
+from dpnb.training.loss import make_loss
+from dpnb.training.optimizer import make_optimizer
+from dpnb.training.preconditions import check_noise
+from dpnb.training.seeds import initial_rngs, root_key, step_key
+from dpnb.training.sharding import AXIS, placed, put, rows, whole
+from dpnb.training.state import PyTree, Seen, State, Totals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,52 +54,11 @@ class Trainer:
     update: Callable  # (state, totals, noise) -> state, Seen
 
 
-def root_key(seed: int) -> np.ndarray:
-    """uint32 [2], from which JAX draws augmentation and initial parameters; it does not tell the seed."""
-    return np.frombuffer(random_bytes(8, seed, "jax"), "<u4").astype(np.uint32)
-
-
-def step_key(root: jax.Array, step: jax.Array) -> jax.Array:
-    """The augmentation key of one update; no two updates share one."""
-    return jax.random.fold_in(wrapped(root), step)
-
-
-def wrapped(root: jax.Array) -> jax.Array:
-    """A root key as JAX's typed key of the generator that it was made for, whatever the default one is."""
-    return jax.random.wrap_key_data(root, impl="threefry2x32")
-
-
 def reseeded(trainer: Trainer, seed: int) -> tuple[Trainer, jax.Array]:
     """The same compiled pieces with sampling and noise of another seed; and the `State.key` that goes with it."""
     noise = trainer.noise and dataclasses.replace(trainer.noise, seed=seed)
     sampler = dataclasses.replace(trainer.sampler, seed=seed)
     return dataclasses.replace(trainer, sampler=sampler, noise=noise), put(root_key(seed), trainer.places.key)
-
-
-def initial_rngs(seed: int) -> nnx.Rngs:
-    """Of a network's initial parameters; no update draws from it."""
-    return nnx.Rngs(params=jax.random.fold_in(wrapped(root_key(seed)), 2**31))
-
-
-def make_optimizer(experiment: Experiment) -> optax.GradientTransformation:
-    """SGD (paper, appendix: constant learning rate, no momentum)."""
-    rate = experiment.learning_rate
-    if experiment.schedule == "cosine":
-        rate = optax.cosine_decay_schedule(rate, experiment.steps)
-    return optax.sgd(rate, experiment.momentum or None)
-
-
-def make_loss(apply) -> Callable:
-    """Softmax cross-entropy per view, with the fraction of views that are classified rightly."""
-
-    def loss(params, example):
-        views, label = example  # [K, h, w, c], []
-        logits = apply(params, views)
-        labels = jnp.broadcast_to(label, logits.shape[:1])
-        right = jnp.mean(logits.argmax(-1) == labels, dtype=jnp.float32)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels), right
-
-    return loss
 
 
 def make_trainer(
@@ -211,52 +137,12 @@ def make_trainer(
     )
 
 
-def check_noise(experiment: Experiment) -> None:
-    """Refuses noise that is not known, and noise that would protect nothing.
-
-    Raises:
-      ValueError: see there.
-    """
-    sigma, clip_norm = experiment.noise_multiplier, experiment.clip_norm
-    if sigma is None:
-        raise ValueError(
-            f"{experiment.name}: noise_multiplier must be known, got None; calibrate it (`dpnb.training.calibrated`), "
-            "or say 0 for no noise"
-        )
-    if sigma and not math.isfinite(clip_norm):
-        raise ValueError(
-            f"{experiment.name}: the noise needs a finite standard deviation, got clip_norm {clip_norm}: a sum that is "
-            "not clipped has no finite sensitivity; set clip_norm, or noise_multiplier = 0"
-        )
-
-
-def memory_limit(devices: list[jax.Device]) -> int:
-    """Bytes that a device has for arrays, 8 GiB where it does not say; the first process's word holds for all."""
-    mine = next((d for d in devices if d.process_index == jax.process_index()), jax.local_devices()[0])
-    return from_first(device_memory(mine))
-
-
-def device_memory(device: jax.Device) -> int:
-    """Bytes that a device of this process has for arrays, 8 GiB where it does not say."""
-    return (device.memory_stats() or {}).get("bytes_limit", 8 * 2**30)
-
-
-def microbatch(augmult: int) -> int:
-    """Examples per microbatch: about eight views, the fastest on CPU in benchmarks/."""
-    return max(1, 8 // max(augmult, 1))
-
-
-def call_size(experiment: Experiment) -> int:
-    """Examples per device and call: the experiment's choice, else 32 views in microbatches."""
-    return experiment.physical_batch_size or max(2, 32 // max(experiment.augmult, 1))
-
-
 def make_accumulate(
     grad: ClippedGrad, augmult: int, mesh: jax.sharding.Mesh, recipe: Recipe, resident: bool
 ) -> Callable:
     """One physical batch: every device adds its clipped gradients to its own partial sum.
 
-    Images and labels are the whole data set, or those of the batch alone, see `dpnb.feeding`.
+    Images and labels are the whole data set, or those of the batch alone, see `dpnb.training.feeding`.
     """
     make_views = functools.partial(augment.views, augmult=augmult, recipe=recipe)
 

@@ -1,7 +1,7 @@
 """Does a record agree with itself, with the registry, with its ledger file, and with what everybody knows?
 
 The mechanism is rebuilt from hyper-parameters and data, and the rest of the record is held against it. Nothing
-here needs the data set or a network; `dpnb.verification` adds what does.
+here needs the data set or a network; `dpnb.results.verification` adds what does.
 """
 
 import functools
@@ -37,7 +37,7 @@ def consistency(record: Record, directory: str | pathlib.Path | None = None) -> 
     """All that can be checked without the data set and without evaluating a network.
 
     Args:
-      record: as `dpnb.results.record` makes it, or what `dpnb.release` leaves of it.
+      record: as `dpnb.results.record` makes it, or what `dpnb.results.release` leaves of it.
       directory: with the record's weights and ledger, whose own words are then compared; the ledger of a
         run with a secret seed lies in `private` beside it.
     Returns:
@@ -123,7 +123,7 @@ def _privacy(record: Record, e: Experiment, mechanism: privacy.Mechanism) -> Che
 
 def _ledger(record: Record, mechanism: privacy.Mechanism) -> Check:
     """A step that was charged twice is in the ledger twice."""
-    charged, steps = privacy.counts_from_json(record["ledger"]), record["privacy"]["steps"]
+    charged, steps = privacy.counts_fromas_json(record["ledger"]), record["privacy"]["steps"]
     agrees = set(charged) <= {mechanism} and charged.get(mechanism, 0) >= steps
     return agrees, f"ledger: {charged or 'nothing'}, and {steps} steps of {mechanism} were made"
 
@@ -187,7 +187,7 @@ def accounted(record: Record, coarse: bool = False) -> list[Check]:
     Args:
       coarse: a quick look first, and the exact bound only if they differ.
     """
-    p, counts = record["privacy"], privacy.counts_from_json(record["ledger"])
+    p, counts = record["privacy"], privacy.counts_fromas_json(record["ledger"])
     privacy.find_accountant(p["calibrated_with"])
     made, target = [], _number(p["epsilon_target"])
 
@@ -321,7 +321,7 @@ def _journal(record: Record, path: pathlib.Path) -> Check:
     e = experiment_of(record)
     return _same(
         f"{path.name}, of {ledger.steps} charged steps",
-        ledger=(privacy.counts_from_json(record["ledger"]), privacy.counts_from_json(ledger.events())),
+        ledger=(privacy.counts_fromas_json(record["ledger"]), privacy.counts_fromas_json(ledger.events())),
         epsilon=(e.epsilon, ledger.budget.epsilon),
         delta=(e.delta, ledger.budget.delta),
         accountant=(e.accountant, ledger.accountant),

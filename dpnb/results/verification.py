@@ -13,15 +13,16 @@ import optax
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from dpnb import data, features, release
-from dpnb.checkpoints import run_seed
-from dpnb.consistency import Check, consistency, evaluated, experiment_of
+from dpnb import data
 from dpnb.data.augment import plain
 from dpnb.data.recipe import Recipe
 from dpnb.experiments import Experiment
 from dpnb.models import functional, weights
 from dpnb.models.registry import make_model
-from dpnb.update import initial_rngs
+from dpnb.results import release
+from dpnb.results.consistency import Check, consistency, evaluated, experiment_of
+from dpnb.training import features
+from dpnb.training.seeds import initial_rngs, run_seed
 
 LIMITS = (
     "note no check can show that these weights came from these steps, of this mechanism under these settings: "
@@ -163,7 +164,7 @@ class Measured(NamedTuple):
 
 
 def measure(apply: Callable, params, split, recipe: Recipe, tie: float, batch_size: int = 250) -> Measured:
-    """As `dpnb.evaluation.make_evaluate`, and how many images are near-ties.
+    """As `dpnb.training.evaluation.make_evaluate`, and how many images are near-ties.
 
     Args:
       apply: `(params, inputs float [batch, ...]) -> logits [batch, classes]`.

@@ -8,24 +8,20 @@ of settings is complete; where a repetition is not the same after all, it is thr
 """
 
 import hashlib
-import json
 
 import jax
 import numpy as np
 
-from dpnb.hosts import by_first
 from dpnb.privacy import Mechanism
 from dpnb.privacy.ledger import BudgetExceeded, Ledger, SharedNoise
 from dpnb.privacy.randomness import derived_seed
-from dpnb.sharding import gathered
-from dpnb.update import Seen, State, Trainer, one_update, reseeded
+from dpnb.training.hosts import by_first
+from dpnb.training.seeds import stream_name
+from dpnb.training.sharding import gathered
+from dpnb.training.state import Seen, State
+from dpnb.training.update import Trainer, one_update, reseeded
 
 PAID, REFUSED, AFRESH = "paid", "refused", "afresh"
-
-
-def stream_name(before: str, *why: str) -> str:
-    """A stream that follows from another one ("" for the first) and from why it was left."""
-    return hashlib.sha256(json.dumps([before, *why]).encode()).hexdigest()
 
 
 def digest(state: State) -> str:

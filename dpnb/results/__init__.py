@@ -1,0 +1,37 @@
+"""Results: records that describe themselves, the tables and studies made of them, and whether they hold.
+
+`dpnb.results.verification` needs JAX and is imported by its own name.
+"""
+
+from dpnb.results.consistency import LeftOut
+from dpnb.results.records import finite, recompute_epsilon, record, statement
+from dpnb.results.store import cell, flatten, load, of, one_per_seed, save
+from dpnb.results.studies import (
+    Difference,
+    counts,
+    difference,
+    differences,
+    scale,
+    series,
+    spent,
+    study,
+    summary,
+    tidy,
+)
+from dpnb.results.tables import (
+    insert,
+    markdown,
+    possibility,
+    published,
+    row,
+    spread,
+    status,
+    table,
+    verdict,
+)
+
+__all__ = [
+    "Difference", "LeftOut", "cell", "counts", "difference", "differences", "finite", "flatten", "insert", "load",
+    "markdown", "of", "one_per_seed", "possibility", "published", "recompute_epsilon", "record", "row", "save", "scale",
+    "series", "spent", "spread", "statement", "status", "study", "summary", "table", "tidy", "verdict",
+]  # fmt: skip

@@ -1,0 +1,44 @@
+"""Where a result comes from: versions, git revision, memory."""
+
+import importlib.metadata
+import pathlib
+import subprocess
+import sys
+
+PACKAGES = ("dpnb", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "dp-accounting", "numpy")
+
+
+def peak_memory_mib() -> int | None:
+    """The most host memory that this process has held so far, MiB; None where nobody says."""
+    try:
+        import resource
+    except ImportError:  # not on this system
+        return None
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
+    return round(kib / 1024)
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that a result depends on."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def git_revision() -> str:
+    """Of this checkout, with "+" if it is changed; "" outside one."""
+    here = pathlib.Path(__file__).parents[1]
+
+    def git(*args):
+        return subprocess.run(
+            ["git", *args], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", ".") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""

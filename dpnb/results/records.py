@@ -1,0 +1,98 @@
+"""What a record says of a run: enough to rebuild its experiment, and to recompute its epsilons from itself."""
+
+import dataclasses
+import datetime
+import math
+import os
+import platform
+from typing import TYPE_CHECKING, Any
+
+from dpnb import privacy
+from dpnb.data import Dataset
+from dpnb.privacy.statement import privacy_statement
+from dpnb.results.provenance import git_revision, peak_memory_mib, versions
+
+if TYPE_CHECKING:  # reading records needs no JAX
+    from dpnb.training import Run
+
+
+def record(run: "Run", data: Dataset) -> dict[str, Any]:
+    """One run as plain JSON values; `recompute_epsilon` can check its privacy from itself.
+
+    Epsilons are recomputed from the ledger, under each accountant, at the experiment's delta;
+    None where the accountant is not installed (recompute later) and for infinity. A secret
+    seed (`seed=None`) is not in it, but hashes and exact statistics of the training data are:
+    `release.record` is what may be published.
+    """
+    e, mechanism = run.experiment, run.experiment.mechanism(len(data.train))
+    return {
+        "experiment": e.name,
+        "preset": e.preset,
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "privacy": {
+            **{f"epsilon_{a}": recompute_epsilon(run.events, e.delta, a) for a in privacy.ACCOUNTANTS},
+            "epsilon_target": finite(e.epsilon),
+            "epsilon_is": mechanism.claim,
+            "delta": e.delta,
+            "noise_multiplier": e.noise_multiplier,
+            "sampling_probability": mechanism.sampling_probability,
+            "steps": run.steps,
+            "sampler": e.sampler,
+            "neighbours": privacy.NEIGHBOURS,
+            "calibrated_with": e.accountant,
+            "seed_published": e.seed is not None,
+            "exact_noise": bool(e.noise_multiplier),  # see `privacy_statement`; older records do not have it
+        },
+        "augmult": e.augmult,
+        "clip_norm": finite(e.clip_norm),
+        "seed": e.seed,
+        "accuracy": {"raw": run.raw.accuracy, "ema": run.ema.accuracy},
+        "loss": {"raw": finite(run.raw.loss), "ema": finite(run.ema.loss)},
+        "evaluated_on": f"{len(data.test)} {'held-out training' if e.validation else 'test'} images",
+        "data": {
+            "name": data.name,
+            "training_examples": len(data.train),
+            "fingerprint": data.fingerprint,
+            "note": data.note,
+        },
+        "pretrained": run.public,
+        "paper": {"mean": e.paper_mean, "std": e.paper_std, "source": e.paper_source},
+        "seconds": run.seconds,
+        "devices": run.devices,
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
+        "peak_memory_mib": peak_memory_mib(),
+        "versions": {"python": platform.python_version(), **versions()},
+        "git_revision": git_revision(),
+        "stopped": run.stopped,
+        "hyper_parameters": {k: finite(v) for k, v in dataclasses.asdict(e).items()},
+        "curve": [{k: finite(v) for k, v in point.items()} for point in run.history],
+        "ledger": run.events,
+    }
+
+
+def statement(result: dict[str, Any]) -> str:
+    """The privacy statement of a record, in prose."""
+    public = result.get("pretrained")
+    return privacy_statement(
+        result["ledger"],
+        delta=result["privacy"]["delta"],
+        seed_published=result["privacy"]["seed_published"],
+        data_note=result["data"]["note"],
+        pretrained=public["saw"] if public else "",
+        training_examples=result["data"]["training_examples"],
+        exact_noise=result["privacy"].get("exact_noise", False),
+    )
+
+
+def recompute_epsilon(events: list[dict[str, Any]], delta: float, accountant: str) -> float | None:
+    """Epsilon of a ledger; None for infinity, or where nobody can say: dp-accounting is not installed, or
+    delta is too small for PLD."""
+    try:
+        return finite(privacy.epsilon(privacy.events_fromas_json(events), 1, delta, accountant))
+    except (privacy.MissingAccountant, privacy.DeltaTooSmall):
+        return None
+
+
+def finite(x: Any) -> Any:
+    """JSON has no infinity: None."""
+    return None if isinstance(x, float) and not math.isfinite(x) else x

@@ -1,0 +1,120 @@
+"""Records on disk: saved, loaded, and found again by experiment or cell."""
+
+import dataclasses
+import json
+import pathlib
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from safetensors.numpy import save as serialised
+
+from dpnb import experiments, privacy
+from dpnb.data import Dataset
+from dpnb.files import private_folder, write_whole
+from dpnb.results import release
+from dpnb.results.consistency import LeftOut, misfit, noisier
+from dpnb.results.records import finite, record, statement
+
+if TYPE_CHECKING:
+    from dpnb.training import Run
+
+
+def save(run: "Run", data: Dataset, directory: str | pathlib.Path) -> dict[str, Any]:
+    """Writes `result.json`, its `privacy.md`, and the averaged parameters (`ema.safetensors`, float32).
+
+    They go to `directory`, where the data are public. With a secret seed they go to `directory/release`
+    (`directory/private`, if the run has no privacy claim) without anything exact about the training data, and
+    the full record to `directory/private/full-result.json`.
+
+    Returns:
+      The record as in `result.json`.
+    """
+    import jax
+
+    from dpnb.training.seeds import run_seed
+
+    e, made = run.experiment, record(run, data)
+    if jax.process_index():  # the first process writes for all
+        return made
+    private = all(m.private for m in privacy.counts_fromas_json(run.events))
+    folder = release.folder(directory, e.seed is None, private)
+    if e.seed is None:
+        kept = private_folder(directory, secret=True)
+        write_whole(kept / release.FULL_RECORD, as_json(made), mode=0o600)
+        made = release.record(made, run_seed(kept, None)[0])
+    saw = f"{data.name}, as {e.name} (fingerprint {made['data']['fingerprint']})"
+    if run.public:
+        saw += f"; before that {run.public['saw']}"
+    write_whole(folder / "ema.safetensors", serialised(flatten(run.ema_params), {"saw": saw}))
+    write_whole(folder / release.RECORD, as_json(made))
+    write_whole(folder / "privacy.md", statement(made) + "\n")
+    return made
+
+
+def as_json(made: dict[str, Any]) -> str:
+    return json.dumps(made, indent=1, allow_nan=False) + "\n"
+
+
+def flatten(params: Any, prefix: str = "") -> dict[str, np.ndarray]:
+    """Nested parameters as {"blocks/0/conv1/kernel": array, ...}."""
+    if not isinstance(params, dict):
+        return {prefix.rstrip("/"): np.asarray(params)}
+    parts = [flatten(v, f"{prefix}{k}/") for k, v in params.items()]
+    return {k: v for part in parts for k, v in part.items()}
+
+
+def load(root: str | pathlib.Path, name: str = release.RECORD) -> list[dict[str, Any]]:
+    """All records below a directory, oldest first; full ones of secret runs by `release.FULL_RECORD`."""
+    found = [json.loads(p.read_text()) for p in sorted(pathlib.Path(root).rglob(name))]
+    return sorted(found, key=lambda r: r["finished"])
+
+
+def of(experiment: experiments.Experiment, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The finished records of this experiment, whatever name and seed it ran under.
+
+    A cell that stands in several tables is trained once: the records that match are those whose
+    hyper-parameters are all equal, what was calibrated (None in `experiment`) left out: calibrated noise is
+    that which spends the budget. One that does not bear them out (its epsilons, mechanism, ledger, data or
+    accuracies are others) is left out with the warning `dpnb.results.consistency.LeftOut`; weights are not looked
+    at, see `dpnb verify`.
+    """
+    default = {f.name: f.default for f in dataclasses.fields(experiment)}
+    wanted = {k: finite(v) for k, v in experiment.decisive().items() if v is not None}
+
+    def same(record):
+        hyper = record["hyper_parameters"]
+        equal = all(hyper.get(k, default[k]) == v for k, v in wanted.items())
+        return equal and not (experiment.noise_multiplier is None and noisier(record))
+
+    return [r for r in records if not r["stopped"] and same(r) and _fits(r)]
+
+
+def _fits(record: dict[str, Any]) -> bool:
+    """Whether a record bears out its hyper-parameters; warns if not."""
+    if why := misfit(record):
+        warn_left_out(record, why)
+    return not why
+
+
+def warn_left_out(record: dict[str, Any], why: str) -> None:
+    which = (
+        f"{record['experiment']} [{record['preset']}, seed {record['seed']}, finished {record['finished']}]"
+    )
+    warnings.warn(f"left out of all tables: the record {which}: {why}", LeftOut, stacklevel=4)
+
+
+def cell(name: str, preset: str, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records of one cell of a table, one per seed: runs whose settings were changed are others."""
+    runs = [
+        r
+        for r in of(experiments.get(name, preset), records)
+        if (r["experiment"], r["preset"]) == (name, preset)
+    ]
+    return one_per_seed(runs)
+
+
+def one_per_seed(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of several records of one published seed the last; secret seeds all differ, and all stay."""
+    published = {r["seed"]: r for r in runs if r["seed"] is not None}
+    return [*published.values(), *(r for r in runs if r["seed"] is None)]

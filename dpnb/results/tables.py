@@ -1,0 +1,172 @@
+"""The tables "paper | ours | difference", and what a row may say of itself."""
+
+from typing import Any
+
+import numpy as np
+
+from dpnb import experiments, privacy
+from dpnb.experiments import imagenet
+from dpnb.results.consistency import MALFORMED, changed, in_words
+from dpnb.results.store import cell, warn_left_out
+
+WITHIN = 1.0  # points: re-runs of one setting spread by 0.8 to 0.9
+
+
+def row(result: dict[str, Any]) -> str:
+    """One run in one line, beside the paper's number."""
+    p, paper = result["privacy"], result["paper"]
+    epsilons = ", ".join(
+        f"{name.upper()} {p[f'epsilon_{name}']:.3f}"
+        for name in privacy.ACCOUNTANTS
+        if p.get(f"epsilon_{name}") is not None
+    )
+    theirs = "" if paper["mean"] is None else f" (paper: {spread(paper['mean'], paper['std'])} %)"
+    took = "" if result["seconds"] is None else f"{result['seconds'] / 60:.1f} minutes on "
+    return (
+        f"{result['experiment']} [{result['preset']}, seed {result['seed']}] on {result['data']['name']}: "
+        f"EMA {result['accuracy']['ema']:.2f} %, raw {result['accuracy']['raw']:.2f} %{theirs} at "
+        f"{p['epsilon_is']} epsilon {epsilons or 'infinite'}, delta {p['delta']:g}, sigma "
+        f"{p['noise_multiplier']:.4g}, q {p['sampling_probability']:.4g}, {p['steps']} steps, "
+        f"{p['sampler']} sampling, {p['neighbours']}; {took}{result['devices']}"
+    )
+
+
+def table(pattern: str, results: list[dict[str, Any]]):
+    """The paper's numbers beside ours: one row per experiment and preset that was run.
+
+    Args:
+      pattern: of experiment names, e.g. "cifar10/*".
+      results: records, as `load` returns them.
+    Returns:
+      pandas.DataFrame; ours is EMA accuracy in percent, mean +- standard deviation over n seeds.
+      A row that neither the paper nor we have a number for is left out (`dpnb list` has them all).
+      A difference is shown at preset "paper" only: other presets are other experiments. Runs whose
+      hyper-parameters were changed are experiments without a name, and not in it; nor is what does not fit
+      its row (see `of`). Of both the warning `dpnb.results.consistency.LeftOut` says why.
+    """
+    import pandas
+
+    rows = []
+    _say_changed([r for r in results if r["experiment"] in experiments.names(pattern)])
+    for name in experiments.names(pattern):
+        e = experiments.get(name)
+        base = {"experiment": name, "epsilon": e.epsilon, "paper": published(e)}
+        for preset in experiments.PRESETS:
+            runs = cell(name, preset, results)
+            if runs:
+                rows.append({**base, **_ours(runs, preset, e)})
+            elif preset == "paper" and e.paper_mean is not None:
+                rows.append({**base, "preset": "paper", "ours": "-", "status": possibility(e)})
+    columns = [
+        "experiment",
+        "epsilon",
+        "preset",
+        "paper",
+        "ours",
+        "n",
+        "difference",
+        "minutes",
+        "devices",
+        "status",
+    ]
+    return pandas.DataFrame(rows, columns=columns, dtype=object).fillna("-")  # counts stay whole
+
+
+def _say_changed(records: list[dict[str, Any]]) -> None:
+    """A warning for each record whose settings are not those of the row that it names, or that was stopped."""
+    for r in records:
+        try:
+            different = in_words(changed(r))
+        except MALFORMED as error:
+            different = f"{type(error).__name__}: {error}"
+        if different:
+            warn_left_out(r, f"settings changed from the registry: {different}")
+        elif r["stopped"]:
+            warn_left_out(r, f"stopped: {r['stopped']}")
+
+
+def status(experiment: experiments.Experiment, results: list[dict[str, Any]]) -> str:
+    """What the records at preset "paper" say (see `verdict`), else "runnable" and what was run smaller."""
+    runs = {preset: cell(experiment.name, preset, results) for preset in experiments.PRESETS}
+    if full := runs["paper"]:
+        return f"{verdict(experiment, full)} (n = {len(full)})"
+    smaller = ", ".join(p for p in experiments.PRESETS if runs[p])
+    could = possibility(experiment)
+    return f"{could} (run at {smaller})" if smaller else could
+
+
+def published(experiment: experiments.Experiment) -> str:
+    """The published number with its spread, "(unverified)" where it was not checked, whose it is where it is
+    not the paper's, "-" where nothing is known."""
+    number, source = spread(experiment.paper_mean, experiment.paper_std), experiment.paper_source
+    if experiment.paper_mean is None:
+        return number
+    others = source.split(": ")[-1].split(",")[0] if source.startswith("not in the paper") else ""
+    return number + (f" ({others})" if others else " (unverified)" if "unverified" in source else "")
+
+
+def possibility(experiment: experiments.Experiment) -> str:
+    """Can anybody run it, and (on ImageNet and Places) for how many hours of one accelerator?"""
+    if experiment.impossible:
+        return "impossible in public"
+    if experiment.dataset not in imagenet.EXAMPLES:
+        return "runnable"
+    hours = imagenet.device_hours(experiment)
+    cost = f"about {hours:,.0f} H100-hours" if hours >= 1 else f"about {60 * hours:.0f} H100-minutes"
+    return f"runnable, {cost} (assumed speed)"
+
+
+def verdict(experiment: experiments.Experiment, runs: list[dict[str, Any]]) -> str:
+    """Of runs at full scale: "reproduced" is a mean of at most a point below the published one; "reached, by
+    our own way" where that is of other authors, whose method differs from ours."""
+    if experiment.paper_mean is None:
+        return "run, nothing published"
+    ours = np.mean([r["accuracy"]["ema"] for r in runs])
+    reached = "reproduced" if experiment.paper_source.startswith("paper") else "reached, by our own way"
+    return reached if ours >= experiment.paper_mean - WITHIN else "run, falls short"
+
+
+def spread(mean: float | None, std: float | None) -> str:
+    """ "81.4 +- 0.2", "81.4" where the spread is unknown, "-" where nothing is."""
+    return "-" if mean is None else f"{mean}" if std is None else f"{mean} +- {std}"
+
+
+def markdown(frame) -> str:
+    """A data frame as a Markdown table."""
+    rows = [frame.columns, ["---"] * len(frame.columns), *frame.astype(str).values]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def insert(document: str, name: str, frame) -> str:
+    """`document` with the table between its markers `<!-- table NAME -->` and `<!-- end -->` renewed.
+
+    Raises:
+      ValueError: the document has no such markers.
+    """
+    before, start, rest = document.partition(f"<!-- table {name} -->")
+    _, end, after = rest.partition("<!-- end -->")
+    if not (start and end):
+        raise ValueError(f"the document must hold the lines <!-- table {name} --> and <!-- end -->, got none")
+    return f"{before}{start}\n{markdown(frame)}\n{end}{after}"
+
+
+def _ours(runs, preset, experiment) -> dict[str, Any]:
+    accuracies = [r["accuracy"]["ema"] for r in runs]
+    deviation = f" +- {np.std(accuracies, ddof=1):.1f}" if len(runs) > 1 else ""
+    full = preset == "paper" and experiment.paper_mean is not None
+    nominal = any(r["privacy"]["epsilon_is"] != "valid" for r in runs)
+    return {
+        "preset": preset,
+        "ours": f"{np.mean(accuracies):.1f}{deviation}",
+        "n": len(runs),
+        "difference": f"{np.mean(accuracies) - experiment.paper_mean:+.1f}" if full else "-",
+        "minutes": f"{np.mean(minutes(runs)):.1f}" if minutes(runs) else "-",
+        "devices": ", ".join(sorted({r["devices"].split(",")[0] for r in runs})),
+        "status": (verdict(experiment, runs) if preset == "paper" else "run at smaller scale")
+        + (" (nominal epsilon)" if nominal else ""),
+    }
+
+
+def minutes(runs: list[dict[str, Any]]) -> list[float]:
+    """What each run took; released records of secret runs do not say."""
+    return [r["seconds"] / 60 for r in runs if r["seconds"] is not None]

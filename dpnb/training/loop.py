@@ -1,0 +1,138 @@
+"""The loop: one private training run, from images to averaged parameters and a ledger.
+
+    sample -> augment -> per-example gradient -> mean over views -> clip -> sum -> all-reduce
+    -> noise -> / expected batch -> optimizer -> EMA -> CHARGE the ledger -> show, evaluate, save
+
+The arrows up to EMA are `dpnb.training.update.one_update`. Before it is made, the ledger is asked whether it can be
+afforded; and the ledger is charged with the hash of its result before anything of that is seen, shown, saved or
+evaluated (`dpnb.training.replay.Payer`). What precedes the first update is `dpnb.training.session.prepare`.
+"""
+
+import dataclasses
+import pathlib
+import time
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+
+from dpnb.data import Dataset
+from dpnb.experiments import Experiment
+from dpnb.training.curve import curve_point
+from dpnb.training.evaluation import Evaluation
+from dpnb.training.hosts import by_first, from_first
+from dpnb.training.progress import Progress
+from dpnb.training.session import Session, prepare
+from dpnb.training.settings import hardware
+from dpnb.training.sharding import gathered
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a training run leaves.
+
+    history: one dict per point of the curve; its training loss, accuracy, norms and clipped
+      fractions are not private.
+    raw, ema: evaluations of the final parameters, last iterate and averaged.
+    events: the ledger, run-length coded, as `dpnb.privacy` reads it.
+    seconds: wall time of training, evaluation and compilation included, over all processes that
+    took part one after another.
+    """
+
+    experiment: Experiment
+    params: Any
+    ema_params: Any
+    history: list[dict[str, Any]]
+    raw: Evaluation
+    ema: Evaluation
+    events: list[dict[str, Any]]
+    steps: int
+    seconds: float
+    devices: str
+    public: dict[str, str] | None  # the weights that it began with, see `dpnb.models.weights.provenance`
+    stopped: str  # why the run ended before its last step; "" if it did not
+
+
+def train(
+    experiment: Experiment,
+    data: Dataset,
+    directory: str | pathlib.Path,
+    *,
+    model: nnx.Module | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    devices: list[jax.Device] | None = None,
+    checkpoint_every: float = 300.0,
+    stop_at_step: int | None = None,
+    allowed_steps: int | None = None,
+) -> Run:
+    """Trains with DP-SGD, or goes on where a killed run in `directory` stopped.
+
+    Formal guarantee: with sampler "poisson" the sequence of parameters is
+    (epsilon, delta)-differentially private under adding or removing one training image, for
+    whoever does not know the seed; `privacy.privacy_statement` says what this leaves out.
+    Every step is in the ledger before anything of its result is seen, and a step that would overspend
+    the budget is not taken. Nothing is charged before an update has been compiled and made.
+
+    Args:
+      experiment: calibrated here where needed.
+      data: images, labels, and the split to report on.
+      directory: of the run; one each. Ledger, checkpoints and seed lie in `directory/private` where the
+        seed is secret (`dpnb.files.private_folder`).
+      model, optimizer, devices: see `dpnb.training.update.make_trainer`.
+      checkpoint_every: seconds between checkpoints; the curve's points are saved too.
+      stop_at_step: stop early on purpose, after a checkpoint, to go on later.
+      allowed_steps: how many updates fit the budget, from `privacy.calibrate_steps`; needed only
+        where dp-accounting is not installed (noise_multiplier, steps and epsilon all given).
+    Raises:
+      ValueError: bad hyper-parameters, or the directory holds another experiment's run.
+      MixesExamples: the model lets one example influence another.
+      UnsoundTrainer: clipping, noise or sampling do not behave as the guarantee needs them to.
+    """
+    terms = dict(model=model, optimizer=optimizer, devices=devices, allowed_steps=allowed_steps)
+    with prepare(experiment, data, directory, **terms) as session:
+        experiment, stopped, saved = session.experiment, "", time.monotonic()
+        with Progress(experiment.steps, session.start) as progress:
+            try:
+                for step in range(session.start, experiment.steps):
+                    if stop_at_step is not None and step >= stop_at_step:
+                        stopped = f"stopped on purpose after {step} of {experiment.steps} updates"
+                        break
+                    new, seen, stopped = session.update()  # charged, before anything of it is seen
+                    if stopped:
+                        break
+                    point = curve_point(step + 1, seen, session.epsilon(step + 1))
+                    last = step + 1 == experiment.steps
+                    shown = last or (experiment.eval_every and (step + 1) % experiment.eval_every == 0)
+                    if shown:
+                        point |= session.accuracies(new)
+                    # Together, so that an interrupted run keeps both or neither.
+                    history = [*session.history, point] if shown else session.history
+                    session.state, session.history = new, history
+                    if last or from_first(int(time.monotonic() - saved > checkpoint_every)):
+                        session.save()
+                        saved = time.monotonic()
+                    progress.advance(point)
+            finally:  # an interrupted run loses nothing that it paid for
+                session.save()
+        return _finish(session, stopped)
+
+
+def _finish(session: Session, stopped: str) -> Run:
+    """What the run leaves, evaluated on all images."""
+    state = session.state
+    went_on = int(state.step) > session.start
+    return Run(
+        experiment=session.experiment,
+        params=jax.tree.map(gathered, state.params),
+        ema_params=jax.tree.map(gathered, state.ema),
+        history=session.history,
+        raw=session.evaluate(state.params, session.data.test),
+        ema=session.evaluate(state.ema, session.data.test),
+        events=by_first(session.ledger.events),
+        steps=int(state.step),
+        seconds=session.seconds + (time.monotonic() - session.began if went_on else 0.0),
+        devices=hardware(session.devices),
+        public=session.public,
+        stopped=stopped,
+    )

@@ -1,0 +1,13 @@
+"""SGD as the paper uses it, or what an experiment asks for."""
+
+import optax
+
+from dpnb.experiments.experiment import Experiment
+
+
+def make_optimizer(experiment: Experiment) -> optax.GradientTransformation:
+    """SGD (paper, appendix: constant learning rate, no momentum)."""
+    rate = experiment.learning_rate
+    if experiment.schedule == "cosine":
+        rate = optax.cosine_decay_schedule(rate, experiment.steps)
+    return optax.sgd(rate, experiment.momentum or None)

@@ -1,0 +1,79 @@
+"""What is refused before anything is spent, and the inputs that show it without the data."""
+
+import math
+
+import numpy as np
+from flax import nnx
+
+from dpnb.data import Dataset
+from dpnb.data.photographs import Photographs
+from dpnb.experiments.experiment import Experiment
+from dpnb.training import features
+
+
+def check_noise(experiment: Experiment) -> None:
+    """Refuses noise that is not known, and noise that would protect nothing.
+
+    Raises:
+      ValueError: see there.
+    """
+    sigma, clip_norm = experiment.noise_multiplier, experiment.clip_norm
+    if sigma is None:
+        raise ValueError(
+            f"{experiment.name}: noise_multiplier must be known, got None; calibrate it (`dpnb.training.calibrated`), "
+            "or say 0 for no noise"
+        )
+    if sigma and not math.isfinite(clip_norm):
+        raise ValueError(
+            f"{experiment.name}: the noise needs a finite standard deviation, got clip_norm {clip_norm}: a sum that is "
+            "not clipped has no finite sensitivity; set clip_norm, or noise_multiplier = 0"
+        )
+
+
+def check_size(experiment: Experiment, data: Dataset) -> None:
+    """Photographs come at the size that the record will state.
+
+    Raises:
+      ValueError: they do not.
+    """
+    got = data.shape[0] if isinstance(data.train, Photographs) else 0
+    if got != experiment.image_size and not isinstance(data, features.FeatureDataset):
+        raise ValueError(
+            f"{experiment.name}: image_size is {experiment.image_size}, got "
+            f"{f'photographs of {got} pixels' if got else 'images in memory'}; load the data with "
+            "image_size=experiment.image_size"
+        )
+
+
+def check_own_model(experiment: Experiment) -> None:
+    """A model that is passed in begins and trains as it is.
+
+    Raises:
+      ValueError: the experiment says otherwise, and its record would.
+    """
+    if experiment.pretrained or experiment.trainable != "all":
+        raise ValueError(
+            f"{experiment.name}: a model of your own begins and trains as it is; leave pretrained and "
+            f"trainable at their defaults, got {experiment.pretrained!r} and {experiment.trainable!r}"
+        )
+
+
+def check_outputs(model: nnx.Module, data: Dataset) -> None:
+    """One logit per class, before anything is spent.
+
+    Raises:
+      ValueError: the model's outputs are not [batch, classes].
+    """
+    got = nnx.eval_shape(lambda: model(noise_images(data))).shape
+    expected = (len(noise_images(data)), len(data.classes))
+    if got != expected:
+        raise ValueError(
+            f"the model must return one logit for each of {len(data.classes)} classes, {list(expected)}, "
+            f"got {list(got)}; set its number of classes"
+        )
+
+
+def noise_images(data: Dataset, n: int = 4) -> np.ndarray:
+    """Random images of the data's shape, float32 [n, h, w, c]: no training data is touched."""
+    shape = (n, *data.shape)
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)

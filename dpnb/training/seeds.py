@@ -1,0 +1,80 @@
+"""Which seed: from the one that an experiment names to the keys that one update draws from.
+
+    run_seed        the experiment's seed, or a secret one of 256 bits that is kept in the run's private folder
+      derived_seed    with the fingerprint of experiment, data, code of the model and public weights: two releases
+                      never share their noise, unless they are the same to the bit
+        derived_seed    with the name of a stream (`stream_name`): settings that may round otherwise draw afresh
+          random_bytes    SHAKE-256, labelled: Poisson samples and noise (`dpnb.privacy`)
+          root_key        JAX's generator: views of the images (`step_key`)
+        initial_rngs    initial parameters
+
+(`derived_seed` and `random_bytes` are `dpnb.privacy.randomness`.)
+"""
+
+import hashlib
+import json
+import pathlib
+import secrets
+
+import jax
+import numpy as np
+from flax import nnx
+
+from dpnb.files import write_whole
+from dpnb.privacy.randomness import random_bytes, secret_seed
+from dpnb.training.hosts import any_process, from_first
+
+
+def run_seed(directory: pathlib.Path, seed: int | None) -> tuple[int, str]:
+    """(seed, label): the given seed, or a secret one of 256 bits kept in `directory/seed.secret`.
+
+    Whoever knows the seed knows the noise, so a secret one appears in no record. The label may:
+    it tells runs of different seeds apart, so that a new secret is never taken for a replay.
+    """
+    if seed is not None:
+        return seed, f"seed {seed}"
+    file = directory / "seed.secret"
+    if not file.exists():
+        drawn = {"seed": secret_seed(), "label": secrets.token_hex(8)}
+        write_whole(file, json.dumps(drawn), mode=0o600)
+    kept = json.loads(file.read_text())
+    return kept["seed"], f"secret {kept['label']}"
+
+
+def stream_name(before: str, *why: str) -> str:
+    """A stream that follows from another one ("" for the first) and from why it was left."""
+    return hashlib.sha256(json.dumps([before, *why]).encode()).hexdigest()
+
+
+def root_key(seed: int) -> np.ndarray:
+    """uint32 [2], from which JAX draws augmentation and initial parameters; it does not tell the seed."""
+    return np.frombuffer(random_bytes(8, seed, "jax"), "<u4").astype(np.uint32)
+
+
+def step_key(root: jax.Array, step: jax.Array) -> jax.Array:
+    """The augmentation key of one update; no two updates share one."""
+    return jax.random.fold_in(wrapped(root), step)
+
+
+def wrapped(root: jax.Array) -> jax.Array:
+    """A root key as JAX's typed key of the generator that it was made for, whatever the default one is."""
+    return jax.random.wrap_key_data(root, impl="threefry2x32")
+
+
+def initial_rngs(seed: int) -> nnx.Rngs:
+    """Of a network's initial parameters; no update draws from it."""
+    return nnx.Rngs(params=jax.random.fold_in(wrapped(root_key(seed)), 2**31))
+
+
+def agree(seed: int) -> None:
+    """Processes must have the same seed, and so (it is derived from them) the same experiment and data.
+
+    Raises:
+      ValueError: some do not agree with the first; on all of them, so that none waits for another.
+    """
+    known = seed % 2**63
+    if any_process(from_first(known) != known):
+        raise ValueError(
+            "all processes must have the same seed, experiment and data, but some differ from the first; give them "
+            "one directory that all see, and the same files"
+        )

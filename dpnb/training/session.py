@@ -1,0 +1,248 @@
+"""What a run needs before its first update: checks, seed, fingerprints, ledger, checkpoint, compiled pieces.
+
+Everything that can be refused is refused here. Nothing is charged, and no file but that of a secret seed is written.
+"""
+
+import contextlib
+import dataclasses
+import math
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from dpnb import privacy
+from dpnb.data import Dataset
+from dpnb.experiments import Experiment
+from dpnb.files import private_folder
+from dpnb.models import check_independent, weights
+from dpnb.models.registry import make_model
+from dpnb.privacy import Ledger, derived_seed
+from dpnb.training import features
+from dpnb.training.checkpoints import Checkpoints
+from dpnb.training.checks import check_trainer
+from dpnb.training.curve import epsilon_spent
+from dpnb.training.evaluation import Evaluation, make_evaluate
+from dpnb.training.hosts import by_first
+from dpnb.training.identity import computation
+from dpnb.training.preconditions import check_noise, check_outputs, check_own_model, check_size, noise_images
+from dpnb.training.replay import Payer, digest
+from dpnb.training.seeds import agree, initial_rngs, run_seed, stream_name
+from dpnb.training.settings import settings_of
+from dpnb.training.sharding import gathered
+from dpnb.training.state import State
+from dpnb.training.update import Trainer, make_trainer
+
+REMEDY = "the run ends with those before it: lower the learning rate"
+
+
+@dataclasses.dataclass
+class Session:
+    """A run that is ready to go on from `state`; made by `prepare`, driven by `dpnb.training.loop.train`.
+
+    payer: makes updates, and charges the ledger for each before anything of it is seen.
+    history: points of the curve so far.
+    public: the weights that it began with, see `dpnb.models.weights.provenance`.
+    seconds: of wall time that earlier processes took.
+    """
+
+    experiment: Experiment
+    data: Dataset
+    devices: list[jax.Device]
+    ledger: Ledger
+    payer: Payer
+    checkpoints: Checkpoints
+    settings: str
+    state: State
+    history: list[dict[str, Any]]
+    public: dict[str, str] | None
+    seconds: float
+    evaluate: Callable[[Any, Any], Evaluation]  # (params, split)
+    is_finite: Callable[[Any], bool]  # (params): their outputs for public inputs
+    budget_spent: Callable[[int], float]  # (charges) -> epsilon
+
+    def __post_init__(self):
+        self.start, self.began = int(self.state.step), time.monotonic()
+
+    def update(self) -> tuple[State, Any, str]:
+        """One update, paid for: (new state, statistics, ""), or (old state, None, why the run ends here)."""
+        new, seen, stopped = self.payer.update(self.state)
+        if not stopped and not self.is_finite(new.params):
+            stopped = f"update {int(new.step)} left parameters whose outputs are not finite; {REMEDY}"
+        return new, seen, stopped
+
+    def epsilon(self, step: int) -> float:
+        """An upper bound on what is spent after so many updates, those charged twice counted twice."""
+        return self.budget_spent(step + by_first(lambda: self.ledger.extra))
+
+    def accuracies(self, state: State) -> dict[str, float]:
+        """Of raw and averaged parameters on the first `eval_examples` images, for a point of the curve."""
+        split = self.data.test.head(self.experiment.eval_examples)
+        return {
+            f"{name}_accuracy": self.evaluate(params, split).accuracy
+            for name, params in (("raw", state.params), ("ema", state.ema))
+        }
+
+    def save(self) -> None:
+        """Writes a checkpoint, once there is something to keep: at update 0 the next start is as the first one."""
+        if int(self.state.step):
+            notes = {"history": self.history, "stream": self.payer.stream, "settings": self.settings}
+            notes["seconds"] = self.seconds + time.monotonic() - self.began
+            self.checkpoints.save(self.state, notes)
+
+
+@contextlib.contextmanager
+def prepare(
+    experiment: Experiment,
+    data: Dataset,
+    directory: str | pathlib.Path,
+    *,
+    model: nnx.Module | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    devices: list[jax.Device] | None = None,
+    allowed_steps: int | None = None,
+) -> Iterator[Session]:
+    """Checks everything, opens ledger and checkpoints, and compiles; the ledger is locked until the block ends.
+
+    Arguments and errors are those of `dpnb.training.train`.
+    """
+    began = time.monotonic()
+    experiment = calibrated(experiment, len(data.train))
+    check_noise(experiment)
+    check_size(experiment, data)
+    if model is None:
+        features.check(experiment, data)
+    else:
+        check_own_model(experiment)
+    folder = private_folder(directory, experiment.seed is None)
+    mechanism = experiment.mechanism(len(data.train))
+    journal = folder / "ledger.jsonl" if jax.process_index() == 0 else None
+    budget = privacy.PrivacyBudget(experiment.epsilon, experiment.delta)
+    allowed = {mechanism: allowed_steps} if allowed_steps else None
+    used = jax.devices() if devices is None else devices
+    settings = settings_of(experiment, data, used)
+    # Locked from here on, and nothing is written yet. The other processes' ledgers are never asked.
+    with open_ledger(
+        journal, budget, experiment.accountant, allowed_steps=allowed, settings=settings
+    ) as ledger:
+        public = weights.provenance(experiment.pretrained, data)
+        fingerprint, seed, label = _identify(experiment, data, folder, model, optimizer, public)
+        if model is None:
+            rngs = initial_rngs(derived_seed(seed, "initial parameters"))
+            model = make_model(experiment, len(data.classes), rngs)
+        if weights.provenance(experiment.pretrained) != public:
+            raise ValueError(f"{experiment.pretrained} changed while it was read; start again")
+        check_independent(model, noise_images(data))
+        check_outputs(model, data)
+        trainer = make_trainer(experiment, data, seed=seed, model=model, optimizer=optimizer, devices=devices)
+        check_trainer(trainer).raise_if_failed()
+        checkpoints = Checkpoints(folder, f"{fingerprint} {label}")
+        state, notes = checkpoints.restore(trainer.state)
+        stream = _stream(ledger, state, notes, settings)
+        agree(derived_seed(seed, stream))
+        evaluate = make_evaluate(trainer.apply, recipe=data.recipe)
+        evaluate(state.params, data.test.head(1))  # compiles, before anything is charged
+        session = Session(
+            experiment=experiment,
+            data=data,
+            devices=used,
+            ledger=ledger,
+            payer=Payer(ledger, trainer, mechanism, seed, stream),
+            checkpoints=checkpoints,
+            settings=settings,
+            state=state,
+            history=notes.get("history", []),
+            public=public,
+            seconds=notes.get("seconds", 0.0),
+            evaluate=evaluate,
+            is_finite=make_is_finite(trainer, data),
+            budget_spent=epsilon_spent(mechanism, experiment),
+        )
+        session.began = began
+        try:
+            yield session
+        finally:
+            checkpoints.close()
+
+
+def _identify(experiment, data, folder, model, optimizer, public) -> tuple[str, int, str]:
+    """(fingerprint of the release, its seed, a label that tells seeds apart), the same on every process."""
+    custom = computation(model, optimizer, data.shape)
+    origin = {"public": public["sha256"]} if public else {}
+    fingerprint = experiment.fingerprint(data=data.fingerprint, custom=custom, **origin)
+    by_first(lambda: run_seed(folder, experiment.seed)[1])  # which may have to write what the others read
+    seed, label = run_seed(folder, experiment.seed)
+    # Two releases must not share their noise, unless they are the same to the bit.
+    seed = derived_seed(seed, fingerprint)
+    agree(seed)
+    return fingerprint, seed, label
+
+
+def _stream(ledger: Ledger, state: State, notes: dict[str, Any], settings: str) -> str:
+    """The stream to go on in: that of the checkpoint, or a new one under other settings.
+
+    Raises:
+      LedgerError: the ledger does not hold the checkpoint's last update.
+    """
+    here = digest(state)
+    if start := int(state.step):  # a checkpoint whose ledger was deleted is not continued
+        by_first(lambda: ledger.check_holds(start - 1, here))
+    stream = notes.get("stream", stream_name(""))
+    if by_first(lambda: notes.get("settings", ledger.settings) != settings):
+        stream = stream_name(stream, settings, here)
+    return stream
+
+
+def calibrated(experiment: Experiment, n: int) -> Experiment:
+    """Fills in the one field among (noise_multiplier, steps, epsilon) that is None.
+
+    Where all three are given they are kept, and the ledger ends the run when the budget is spent.
+
+    Args:
+      experiment: what is to be trained.
+      n: number of training examples; q = expected_batch_size / n.
+    Raises:
+      ValueError: B > n, or nothing that fits the budget.
+    """
+    e, q = experiment, experiment.expected_batch_size / n
+    if q > 1:
+        raise ValueError(
+            f"{e.name}: expected_batch_size must be at most the {n} training examples, "
+            f"got {e.expected_batch_size}; set a smaller one"
+        )
+    if not math.isinf(e.epsilon or 0):
+        privacy.warn_if_delta_is_large(e.delta, n)
+    if e.epsilon is None:
+        return e.replace(
+            epsilon=privacy.epsilon(e.mechanism(n), e.steps, delta=e.delta, accountant=e.accountant)
+        )
+    budget = privacy.PrivacyBudget(e.epsilon, e.delta)
+    if e.steps is None:
+        return e.replace(steps=privacy.calibrate_steps(budget, q, e.noise_multiplier, e.accountant))
+    if e.noise_multiplier is None:
+        if math.isinf(e.epsilon):
+            return e.replace(noise_multiplier=0.0)
+        return e.replace(noise_multiplier=privacy.calibrate_noise(budget, q, e.steps, e.accountant))
+    return e
+
+
+def open_ledger(journal: pathlib.Path | None, *terms, **more) -> Ledger:
+    """The run's ledger on the first process, an empty one in memory on the others; errors are raised on all."""
+    opened = []
+    by_first(lambda: opened.append(Ledger(journal, *terms, **more)))
+    return opened[0] if opened else Ledger(None, *terms, **more)
+
+
+def make_is_finite(trainer: Trainer, data: Dataset) -> Callable[[Any], bool]:
+    """A function of parameters: do they give finite outputs for public inputs?
+
+    It reads nothing but released parameters and random images, so that ending a run by it costs no privacy.
+    """
+    inputs = noise_images(data)
+    finite = jax.jit(lambda params: jnp.isfinite(trainer.apply(params, inputs)).all())
+    return lambda params: bool(gathered(finite(params)))

@@ -1,0 +1,56 @@
+"""What is known to decide how a program rounds, and what it runs on."""
+
+import hashlib
+import json
+import os
+
+import flax
+import jax
+import jaxlib
+import numpy as np
+import optax
+
+from dpnb.data import Dataset
+from dpnb.data.photographs import Photographs
+from dpnb.experiments.experiment import Experiment
+from dpnb.training.devices import call_size, memory_limit
+from dpnb.training.identity import code
+
+DECISIVE_FLAGS = (
+    "jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl", "jax_threefry_partitionable",
+    "jax_numpy_dtype_promotion", "jax_softmax_custom_jvp", "jax_disable_jit",
+)  # fmt: skip
+
+
+def hardware(devices: list[jax.Device]) -> str:
+    """Number and kind of the devices, and the version of JAX."""
+    return f"{len(devices)} x {devices[0].device_kind}, jax {jax.__version__}"
+
+
+def settings_of(experiment: Experiment, data: Dataset, devices: list[jax.Device]) -> str:
+    """SHA-256 (hex) of what is known to decide how a program rounds: where it differs, noise is drawn afresh.
+
+    Incomplete as any such list, and only there to avoid surprises: that a repeated update is the same is
+    found from its bits (`dpnb.training.replay`).
+    """
+    found = {name: getattr(experiment, name) for name in ("form", "remat", "shard")}
+    found |= {
+        "call": call_size(experiment),
+        "memory": memory_limit(devices),
+        "processes": jax.process_count(),
+    }
+    found |= {"hardware": hardware(devices), "code": code(), **versions(data)}
+    found |= {name: str(getattr(jax.config, name, None)) for name in DECISIVE_FLAGS}
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+
+def versions(data: Dataset) -> dict[str, str]:
+    """What else decides about the last bits: of the compiler, and of what decodes photographs."""
+    found = {"jaxlib": jaxlib.__version__, "flax": flax.__version__, "optax": optax.__version__}
+    found |= {"numpy": np.__version__, "flags": os.environ.get("XLA_FLAGS", "")}
+    if isinstance(data.train, Photographs):
+        from PIL import __version__
+        from PIL import features as codecs
+
+        found |= {"pillow": __version__, "jpeg": str(codecs.version("jpg"))}
+    return found
