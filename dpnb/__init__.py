@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from dpnb.training import Run, make_trainer, train
 
 __all__ = [
-    "Dataset", "Experiment", "Ledger", "Mechanism", "PrivacyBudget", "Run", "Split", "calibrate_noise", "clipped_grad",
-    "epsilon", "functional", "load", "make_trainer", "privacy_statement", "train", "use_compilation_cache",
+    "Dataset", "Experiment", "Ledger", "Mechanism", "PrivacyBudget", "Run", "Split", "calibrate_noise",
+    "clipped_grad", "epsilon", "functional", "load", "make_trainer", "privacy_statement", "train",
+    "use_compilation_cache",
 ]  # fmt: skip
 
 __getattr__, __dir__ = lazy.attach(

@@ -28,7 +28,7 @@ import jax
 import numpy as np
 from scipy import optimize, stats
 
-from dpnb.privacy.sampling import Poisson, Shuffle, physical_batches
+from dpnb.privacy.sampling import PoissonSampler, ShuffleSampler, physical_batches
 from dpnb.training import seeds, update
 from dpnb.training.update import Trainer
 
@@ -66,14 +66,14 @@ class Bound:
 
 
 @dataclasses.dataclass(frozen=True)
-class Without:
+class ExcludingSampler:
     """A sampler that never draws the examples `excluded` (positions), and all others as `sampler` does.
 
     Under Poisson sampling that is the run on the data set without them, to the bit. Under shuffling their
     places stay empty: the neighbouring relation is then to replace an example by nothing.
     """
 
-    sampler: Poisson | Shuffle
+    sampler: PoissonSampler | ShuffleSampler
     excluded: Sequence[int]
 
     def indices(self, step: int) -> np.ndarray:
@@ -91,7 +91,7 @@ def canary_gradient(trainer: Trainer, canary: int) -> np.ndarray:
     )
 
 
-def moves(trainer: Trainer, steps: int, seed: int, excluded: Sequence[int] = ()) -> np.ndarray:
+def parameter_deltas(trainer: Trainer, steps: int, seed: int, excluded: Sequence[int] = ()) -> np.ndarray:
     """One run from the trainer's first state, by `dpnb.training.update.one_update`: all that an attacker can see.
 
     Args:
@@ -103,7 +103,7 @@ def moves(trainer: Trainer, steps: int, seed: int, excluded: Sequence[int] = ())
     """
     state = trainer.state
     trainer, key = update.reseeded(trainer, seed)
-    trainer = dataclasses.replace(trainer, sampler=Without(trainer.sampler, excluded))
+    trainer = dataclasses.replace(trainer, sampler=ExcludingSampler(trainer.sampler, excluded))
     state, seen = state._replace(key=key), [_flat(state.params)]
     for _ in range(steps):
         state, _ = update.one_update(trainer, state)
@@ -116,12 +116,12 @@ def two_worlds(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Attacks `runs` runs without one example and as many with it, all with seeds of their own.
 
-    They are the runs of `moves`, side by side: thousands a second where data and model are tiny.
+    They are the runs of `parameter_deltas`, side by side: thousands a second where data and model are tiny.
 
     Args:
-      trainer: see `moves`; one physical batch must hold all its training examples, in memory.
+      trainer: see `parameter_deltas`; one physical batch must hold all its training examples, in memory.
       canary: position of the example. The strongest has a large gradient, unlike all others.
-      score: float32 [runs, steps, parameters] (see `moves`) -> [runs], higher where the canary seems
+      score: float32 [runs, steps, parameters] (see `parameter_deltas`) -> [runs], higher where the canary seems
         to be in, or [runs, ...], several scores; None for the way along the canary's gradient, in all.
     Returns:
       (without, with), float64 [runs] each (or [runs, ...]), for `two_worlds_bound`.
@@ -285,7 +285,7 @@ def one_run(trainer: Trainer, canaries, steps: int, seed: int = 1) -> tuple[np.n
     """
     canaries = np.asarray(canaries)
     included = np.random.default_rng([seed, 0x636F696E]).random(len(canaries)) < 0.5
-    moved = moves(trainer, steps, seed, canaries[~included]).sum(0, dtype=float)
+    moved = parameter_deltas(trainer, steps, seed, canaries[~included]).sum(0, dtype=float)
     directions = (canary_gradient(trainer, int(canary)) for canary in canaries)
     return included, np.array([moved @ d / np.linalg.norm(d) for d in directions])
 

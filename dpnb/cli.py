@@ -14,7 +14,7 @@ import warnings
 import dpnb
 from dpnb import experiments
 from dpnb.experiments import Experiment, cifar10, studies
-from dpnb.files import private_folder, write_whole
+from dpnb.files import private_folder, write_atomic
 
 NOTEBOOKS = pathlib.Path(__file__).parents[1] / "notebooks"
 NOTEBOOK = "cifar10_from_scratch.ipynb"
@@ -225,7 +225,7 @@ def run(options) -> int:
     print(f"record: {record}\nfigure: {private / 'curve.png'}\nnotebook: {executed}")
     if released:
         copy = release.notebook(json.loads(executed.read_text()))
-        write_whole(folder / notebook, json.dumps(copy, indent=1, ensure_ascii=False) + "\n")
+        write_atomic(folder / notebook, json.dumps(copy, indent=1, ensure_ascii=False) + "\n")
         print(f"may be published, see privacy.md there: {folder}")
     return 0
 

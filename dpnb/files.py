@@ -4,7 +4,7 @@ import os
 import pathlib
 
 
-def write_whole(path: pathlib.Path, content: str | bytes, mode: int = 0o666) -> None:
+def write_atomic(path: pathlib.Path, content: str | bytes, mode: int = 0o666) -> None:
     """Writes `content` beside `path` and renames: dying in between leaves what was there before.
 
     Args:

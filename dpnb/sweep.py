@@ -88,8 +88,12 @@ def plan(pattern: str, preset: str, seeds: int = 1, **changes) -> list[Experimen
 
 def directory(root: str | pathlib.Path, e: Experiment) -> pathlib.Path:
     """Where one run lives below `root`: ROOT/NAME/PRESET-seedSEED, and what differs from the registry."""
-    known = experiments.get(e.name, e.preset).decisive() if e.name in experiments.names() else e.decisive()
-    changed = {key: value for key, value in sorted(e.decisive().items()) if value != known[key]}
+    known = (
+        experiments.get(e.name, e.preset).identity_fields()
+        if e.name in experiments.names()
+        else e.identity_fields()
+    )
+    changed = {key: value for key, value in sorted(e.identity_fields().items()) if value != known[key]}
     which = "secret" if e.seed is None else f"seed{e.seed}"
     name = "-".join([e.preset, which, *(f"{key}={value}" for key, value in changed.items())])
     return pathlib.Path(root) / e.name / name.replace("/", "_")
@@ -101,7 +105,7 @@ def finished(e: Experiment, data: Dataset, records: list[dict[str, Any]]) -> dic
     With public weights it must have begun with these very ones. Of a run with a secret seed only the full
     record tells: what is released names the images by a keyed hash.
     """
-    same = results.of(e, records)
+    same = results.matching_records(e, records)
     if not same:
         return None
     try:
@@ -125,7 +129,7 @@ def predict(todo: list[Experiment], data: Dataset) -> dict[Experiment, cost.Cost
     for e in todo:
         key = tuple(getattr(e, name) for name in PROGRAM)
         try:
-            ready = training.calibrated(e, len(data.train))
+            ready = training.calibrate(e, len(data.train))
             if key not in measured:
                 measured[key] = ready, cost.predict(ready, features.prepare(e, data), repeats=1)
         except Exception:
@@ -177,7 +181,7 @@ def run(todo: list[Experiment], data: Dataset, root: str | pathlib.Path, say=pri
             ready = features.prepare(e, data)
             size = costs[e].physical_batch_size if e in costs else e.physical_batch_size
             if e in costs:
-                say(f"    {budget(training.calibrated(e, len(data.train)), data)}; {costs[e].form}")
+                say(f"    {budget(training.calibrate(e, len(data.train)), data)}; {costs[e].form}")
             trained = training.train(e.replace(physical_batch_size=size), ready, directory(root, e))
             done[e] = results.save(trained, ready, directory(root, e))
             say(f"    EMA {done[e]['accuracy']['ema']:.2f} %, {trained.seconds / 60:.1f} minutes")

@@ -126,7 +126,7 @@ def test_half_the_noise_is_caught():
 def test_noise_for_the_mean_on_the_sum_is_caught():
     """Divided by the expected batch size of 4 once too often."""
     broken = noise_times(one_canary(learning_rate=1.0), 1 / 4)
-    moved = audit.moves(broken, 20, 1, range(N))  # nobody is in: all noise
+    moved = audit.parameter_deltas(broken, 20, 1, range(N))  # nobody is in: all noise
     assert np.std(moved) == pytest.approx(SIGMA / 4 / 4, rel=0.05)  # 8 standard deviations
     assert measured(broken) > STATED
 
@@ -148,17 +148,22 @@ def test_runs_side_by_side_are_those_of_one_update():
     without, with_ = audit.two_worlds(trainer, CANARY, runs, steps=3, seed=seed, score=lambda x: x.sum(1))
     for n in range(runs):
         np.testing.assert_allclose(
-            without[n], audit.moves(trainer, 3, seed + 2 * n, [CANARY]).sum(0), atol=1e-5
+            without[n], audit.parameter_deltas(trainer, 3, seed + 2 * n, [CANARY]).sum(0), atol=1e-5
         )
-        np.testing.assert_allclose(with_[n], audit.moves(trainer, 3, seed + 2 * n + 1).sum(0), atol=1e-5)
+        np.testing.assert_allclose(
+            with_[n], audit.parameter_deltas(trainer, 3, seed + 2 * n + 1).sum(0), atol=1e-5
+        )
 
 
 def test_excluded_examples_leave_no_trace():
     white, black = one_canary(pixel=255), one_canary(pixel=0)
     for seed in range(10):
-        np.testing.assert_array_equal(*[audit.moves(t, 2, seed, [CANARY]) for t in (white, black)])
+        np.testing.assert_array_equal(*[audit.parameter_deltas(t, 2, seed, [CANARY]) for t in (white, black)])
     drawn = [CANARY in dataclasses.replace(white.sampler, seed=s).indices(0) for s in range(10)]
-    seen = [np.abs(audit.moves(white, 1, s) - audit.moves(black, 1, s)).max() > 1e-3 for s in range(10)]
+    seen = [
+        np.abs(audit.parameter_deltas(white, 1, s) - audit.parameter_deltas(black, 1, s)).max() > 1e-3
+        for s in range(10)
+    ]
     assert drawn == seen and 0 < sum(drawn) < 10
 
 

@@ -19,7 +19,7 @@ from dpnb.data.stand_ins import write_folders
 from dpnb.gradients.clipping import ClippedGrad
 from dpnb.models.layers import Conv
 from dpnb.privacy.noise import GridNoise
-from dpnb.privacy.sampling import Poisson
+from dpnb.privacy.sampling import PoissonSampler
 from dpnb.training import checks, update
 from dpnb.training.checks import UnsoundTrainer, check_trainer
 from dpnb.training.features import FeatureDataset, FeatureSplit
@@ -443,7 +443,7 @@ def test_float_sums_are_found():
 class Draw:
     """Indices with a fault: a function of (the sound sampler, step)."""
 
-    sound: Poisson
+    sound: PoissonSampler
     change: object
     seed: int = 0
 
@@ -508,7 +508,7 @@ def test_a_batch_of_the_feed_that_lacks_its_rest_is_found():
 def test_shuffled_batches():
     trainer = make(sampler="shuffle")
     assert "nominal" in str(check_trainer(trainer))
-    assert "not all of 16" in failures(put_in(trainer, sampler=Poisson(64, 0.25, 0)))
+    assert "not all of 16" in failures(put_in(trainer, sampler=PoissonSampler(64, 0.25, 0)))
     assert "comes again" in failures(
         put_in(trainer, sampler=Draw(trainer.sampler, lambda s, step: s.indices(0)))
     )
@@ -521,7 +521,7 @@ def test_shuffled_batches():
 
 def test_a_failed_report_is_raised_with_all_that_it_found():
     trainer = changed(left_out)
-    report = check_trainer(put_in(trainer, sampler=Poisson(64, 0.5, 0)))
+    report = check_trainer(put_in(trainer, sampler=PoissonSampler(64, 0.5, 0)))
     with pytest.raises(UnsoundTrainer) as raised:
         report.raise_if_failed()
     assert str(report) in str(raised.value) and str(report).count("FAILED") == 2

@@ -71,7 +71,7 @@ def trainer(**changes):
 @pytest.mark.parametrize(("augmult", "expected"), [(0, 32), (1, 32), (4, 8), (16, 2), (32, 2)])
 def test_cpu_batch_is_32_views_in_microbatches_of_about_eight(augmult, expected):
     made = trainer(augmult=augmult)
-    assert cost.physical_batch_size(made) == expected == devices.call_size(made.experiment)
+    assert cost.physical_batch_size(made) == expected == devices.per_device_batch_size(made.experiment)
     assert made.grad.microbatch_size * max(augmult, 1) in (8, 16, 32)
 
 

@@ -202,9 +202,9 @@ class TestReplay:
         for kind in privacy.ACCOUNTANTS:
             assert epsilon(events_from_json(events), 1, DELTA, kind) == ledger.epsilon(kind)
         assert ledger.to_event() == events_from_json(events)
-        assert ledger.valid
+        assert ledger.is_exactly_accounted
         ledger.charge(9, Mechanism(10.0, 0.1, "shuffle"), "run")
-        assert not ledger.valid
+        assert not ledger.is_exactly_accounted
 
 
 class TestFile:

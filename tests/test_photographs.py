@@ -94,7 +94,7 @@ def test_views_are_all_squares_inside_the_enlarged_photograph():
 @pytest.mark.parametrize("rate", [0.2, 0.02])
 def test_the_stream_is_what_the_sampler_draws(rate):
     """In order, update by update, also where updates draw nothing, and from any update on."""
-    sampler = sampling.Poisson(40, rate, seed=3)
+    sampler = sampling.PoissonSampler(40, rate, seed=3)
     stream = split().stream(sampler, 4, slice(None), first=2)
     got = {}
     for step, batch in stream:
@@ -108,7 +108,7 @@ def test_the_stream_is_what_the_sampler_draws(rate):
 
 
 def test_worker_processes_give_the_same_stream():
-    sampler = sampling.Poisson(40, 0.3, seed=3)
+    sampler = sampling.PoissonSampler(40, 0.3, seed=3)
 
     def first(workers):
         stream = split(workers=workers).stream(sampler, 4, slice(None), first=0)
@@ -130,7 +130,7 @@ def test_reading_ahead_is_bounded():
             read.append(index)
             return super().__getitem__(index)
 
-    stream = split(source=Counting(400)).stream(sampling.Poisson(400, 0.5, 3), 4, slice(None), first=0)
+    stream = split(source=Counting(400)).stream(sampling.PoissonSampler(400, 0.5, 3), 4, slice(None), first=0)
     next(stream)
     before = -1
     while len(read) != before:  # until they stand still
@@ -140,7 +140,7 @@ def test_reading_ahead_is_bounded():
 
 
 def test_parts_of_processes_make_up_the_whole():
-    sampler = sampling.Poisson(40, 0.3, seed=3)
+    sampler = sampling.PoissonSampler(40, 0.3, seed=3)
     whole, left, right = (
         next(split().stream(sampler, 4, rows, first=0))[1] for rows in (slice(None), slice(0, 2), slice(2, 4))
     )
@@ -223,7 +223,7 @@ def test_streamed_and_resident_photographs_give_the_same_update():
 
 def test_an_unreadable_photograph_is_a_zero_gradient_and_still_counts():
     """As if the sampler had not drawn it; N, q and the divisor stay."""
-    drawn = sampling.Poisson(40, 0.5, 5).indices(0)
+    drawn = sampling.PoissonSampler(40, 0.5, 5).indices(0)
     broken = int(drawn[3])
     with pytest.warns(UserWarning, match=f"image {broken} cannot be read and counts as a zero gradient"):
         with_it, seen = one(dataset(Coloured(broken=(broken,))))

@@ -478,9 +478,9 @@ class TestTypes:
     def test_too_little_noise_is_accounted_as_none(self, accountant):
         """An infinite epsilon is never too small, and takes no time."""
         for sigma in (0.0, 0.02, 0.099):
-            assert not Mechanism(sigma, Q).private
+            assert not Mechanism(sigma, Q).has_noise
             assert epsilon(Mechanism(sigma, Q), 10**6, DELTA, accountant) == math.inf
-        assert Mechanism(0.1, Q).private
+        assert Mechanism(0.1, Q).has_noise
         assert epsilon(Mechanism(0.1, Q), 1, DELTA, accountant) < math.inf
 
     def test_bad_calls(self):
@@ -498,7 +498,9 @@ class TestTypes:
             calibrate_noise(PrivacyBudget(0.005, DELTA), Q, 100, "rdp")
 
     def test_only_poisson_is_valid(self):
-        assert Mechanism(1.0, Q).valid and not Mechanism(1.0, Q, "shuffle").valid
+        assert (
+            Mechanism(1.0, Q).is_exactly_accounted and not Mechanism(1.0, Q, "shuffle").is_exactly_accounted
+        )
         assert epsilon(Mechanism(4.0, Q, "shuffle"), 9, DELTA) == epsilon(Mechanism(4.0, Q), 9, DELTA)
 
     def test_events_survive_json_to_the_last_digit(self):

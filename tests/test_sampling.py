@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dpnb.privacy.sampling import Poisson, Shuffle, physical_batches
+from dpnb.privacy.sampling import PoissonSampler, ShuffleSampler, physical_batches
 
 N, Q, STEPS = 20, 0.3, 4000
 
@@ -14,7 +14,7 @@ N, Q, STEPS = 20, 0.3, 4000
 @pytest.fixture(scope="module")
 def inclusion():
     """bool [steps, examples]."""
-    sampler, made = Poisson(N, Q, seed=7), np.zeros((STEPS, N), bool)
+    sampler, made = PoissonSampler(N, Q, seed=7), np.zeros((STEPS, N), bool)
     for step in range(STEPS):
         made[step, sampler.indices(step)] = True
     return made
@@ -57,30 +57,30 @@ def test_sizes_are_binomial(inclusion):
 def test_probability_is_not_rounded():
     """A thousandth of q is felt: 2,000 draws of 50,000, five standard errors are 0.02 % of q."""
     n, q, steps = 50_000, 0.4321, 400
-    mean = np.mean([len(Poisson(n, q, 1).indices(s)) for s in range(steps)]) / n
+    mean = np.mean([len(PoissonSampler(n, q, 1).indices(s)) for s in range(steps)]) / n
     error = np.sqrt(q * (1 - q) / (n * steps))
     assert abs(mean - q) < 5 * error
     assert 5 * error < 0.002 * q
 
 
 def test_batches_depend_on_seed_and_step_only():
-    sampler = Poisson(1000, 0.5, 3)
-    assert np.array_equal(sampler.indices(5), Poisson(1000, 0.5, 3).indices(5))
+    sampler = PoissonSampler(1000, 0.5, 3)
+    assert np.array_equal(sampler.indices(5), PoissonSampler(1000, 0.5, 3).indices(5))
     assert not np.array_equal(sampler.indices(5), sampler.indices(6))
-    assert not np.array_equal(sampler.indices(5), Poisson(1000, 0.5, 4).indices(5))
+    assert not np.array_equal(sampler.indices(5), PoissonSampler(1000, 0.5, 4).indices(5))
     assert (np.diff(sampler.indices(5)) > 0).all()
 
 
 def test_all_and_none():
-    assert len(Poisson(10, 1.0, 0).indices(0)) == 10
-    assert any(len(Poisson(2, 0.1, 0).indices(s)) == 0 for s in range(5))
-    assert list(physical_batches(Poisson(2, 1e-12, 0).indices(0), 4)) == []
+    assert len(PoissonSampler(10, 1.0, 0).indices(0)) == 10
+    assert any(len(PoissonSampler(2, 0.1, 0).indices(s)) == 0 for s in range(5))
+    assert list(physical_batches(PoissonSampler(2, 1e-12, 0).indices(0), 4)) == []
 
 
 @pytest.mark.parametrize("n, size", [(10, 3), (10, 10), (7, 5), (12, 4)])
 def test_shuffle_shows_an_example_at_most_once_an_epoch(n, size):
     """Nobody twice: what is left of an epoch, less than a batch, is dropped."""
-    sampler, a_pass = Shuffle(n, size, seed=2), n // size
+    sampler, a_pass = ShuffleSampler(n, size, seed=2), n // size
     epochs = [np.concatenate([sampler.indices(e * a_pass + i) for i in range(a_pass)]) for e in range(5)]
     assert all(len(set(epoch)) == len(epoch) == a_pass * size for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 5
@@ -89,7 +89,7 @@ def test_shuffle_shows_an_example_at_most_once_an_epoch(n, size):
 
 def test_no_batch_of_a_shuffle_holds_an_example_twice():
     """At the size of CIFAR-10, across the ends of epochs."""
-    sampler = Shuffle(50_000, 4096, 0)
+    sampler = ShuffleSampler(50_000, 4096, 0)
     assert all(len(np.unique(sampler.indices(s))) == 4096 for s in range(40))
 
 
@@ -103,8 +103,8 @@ def test_physical_batches_cover_everything_once(count):
     assert all((i[~m] == 0).all() for i, m in batches)
 
 
-@pytest.mark.parametrize("make", [lambda: Poisson(5, 0.0, 0), lambda: Poisson(5, 1.1, 0),
-                                  lambda: Shuffle(5, 6, 0), lambda: Shuffle(5, 0, 0)])  # fmt: skip
+@pytest.mark.parametrize("make", [lambda: PoissonSampler(5, 0.0, 0), lambda: PoissonSampler(5, 1.1, 0),
+                                  lambda: ShuffleSampler(5, 6, 0), lambda: ShuffleSampler(5, 0, 0)])  # fmt: skip
 def test_impossible_samplers_are_refused(make):
     with pytest.raises(ValueError, match="must be"):
         make()

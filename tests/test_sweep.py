@@ -144,7 +144,7 @@ def test_summary(done):
     assert list(frame["cell"]) == ["lr1-c0.1", "lr1-c1", "lr1-c10"] and set(frame["n"]) == {2}
     assert list(frame["clip_norm"]) == [0.1, 1.0, 10.0]
     assert {(row["B"], row["T"], row["K"]) for _, row in frame.iterrows()} == {(24, 2, 0)}  # as it ran
-    accuracies = [[r["accuracy"]["ema"] for r in results.of(e, made.records)] for e in cells]
+    accuracies = [[r["accuracy"]["ema"] for r in results.matching_records(e, made.records)] for e in cells]
     for (_, row), (a, b) in zip(frame.iterrows(), accuracies, strict=True):
         assert row["ema"] == pytest.approx((a + b) / 2) and row["ema_std"] == pytest.approx(
             abs(a - b) / math.sqrt(2)
@@ -201,7 +201,7 @@ def test_a_study_changes_what_it_studies(preset):
 def test_the_ladder_adds_one_technique_at_a_time():
     cells = [experiments.get(f"cifar10/ablation/{i}-{name}") for i, (name, _) in enumerate(studies._LADDER)]
     changed = [
-        {k for k, v in a.decisive().items() if v != b.decisive()[k]}
+        {k for k, v in a.identity_fields().items() if v != b.identity_fields()[k]}
         for a, b in zip(cells, cells[1:], strict=False)
     ]
     assert changed == [{"norm"}, {"expected_batch_size"}, {"standardised"}, {"augmult"}, {"ema_decay"}]

@@ -12,8 +12,8 @@ from flax import nnx
 from dpnb import data, privacy
 from dpnb.experiments import Experiment
 from dpnb.models.checks import MixesExamples
-from dpnb.training import calibrated, cost, epsilon_spent, train
-from dpnb.training.feeding import Resident
+from dpnb.training import calibrate, cost, epsilon_spent, train
+from dpnb.training.feeding import InMemoryBatches
 from dpnb.training.progress import Progress
 
 
@@ -52,7 +52,7 @@ def test_not_even_one_step_fits(tmp_path, changes):
 @pytest.mark.parametrize("free", ["epsilon", "noise_multiplier", "steps"])
 def test_calibration_fills_in_one_field_and_never_overshoots(free):
     given = {"epsilon": 3.0, "noise_multiplier": 2.0, "steps": 40, free: None}
-    e = calibrated(tiny.experiment(**given), 64)
+    e = calibrate(tiny.experiment(**given), 64)
     mechanism = privacy.Mechanism(e.noise_multiplier, 16 / 64)
     assert {k: getattr(e, k) for k in given if k != free} == {k: v for k, v in given.items() if k != free}
     assert privacy.epsilon(mechanism, e.steps, e.delta, e.accountant) <= e.epsilon * (1 + 1e-12)
@@ -126,7 +126,7 @@ def test_runs_of_one_seed_do_not_share_their_noise(tmp_path):
 
 
 def test_shown_epsilon_is_never_below_the_true_one():
-    e = calibrated(tiny.experiment(steps=40), 64)
+    e = calibrate(tiny.experiment(steps=40), 64)
     mechanism = privacy.Mechanism(2.0, 0.25)
     spent = epsilon_spent(mechanism, e)
     for step in range(1, 41):
@@ -139,9 +139,9 @@ def test_predicting_the_cost_spends_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     e = tiny.experiment(augmult=0, depth=10, width=1, epsilon=8.0)
     monkeypatch.setattr("dpnb.training.update.make_model", lambda *_: tiny.Linear())
-    masks, real = [], Resident.batch
+    masks, real = [], InMemoryBatches.batch
     monkeypatch.setattr(
-        Resident, "batch", lambda self, indices, mask: masks.append(mask) or real(self, indices, mask)
+        InMemoryBatches, "batch", lambda self, indices, mask: masks.append(mask) or real(self, indices, mask)
     )
     predicted = cost.predict(e, tiny.data(), repeats=1)
     assert masks and not np.concatenate(masks).any()

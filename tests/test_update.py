@@ -115,7 +115,7 @@ def test_non_finite_parameters_contribute_nothing():
 
 def test_an_empty_batch_is_an_update_of_noise_alone(monkeypatch):
     t = trainer()
-    monkeypatch.setattr(sampling.Poisson, "indices", lambda *_: np.zeros(0, np.int32))
+    monkeypatch.setattr(sampling.PoissonSampler, "indices", lambda *_: np.zeros(0, np.int32))
     state, seen = one_update(t, t.state)
     noise, _ = t.update(t.state, t.zero(), draw_noise(t, 0))
     assert np.array_equal(flat(state.params), flat(noise.params))

@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from dpnb.data.tfds import tfds_or_error
-from dpnb.files import write_whole
+from dpnb.files import write_atomic
 
 HASHES = "dpnb/hashes"  # below the user's cache: of files, by size and time of change
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -143,7 +143,7 @@ def file_hashes(files: list[pathlib.Path]) -> str:
             continue
         with contextlib.suppress(OSError):  # another process writes the same, or nothing may be written
             memory.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(memory, json.dumps(known))
+            write_atomic(memory, json.dumps(known))
     return digest.hexdigest()
 
 

@@ -6,12 +6,14 @@ import fnmatch
 from dpnb.experiments import cifar10, digits, finetuning, imagenet, pretraining, studies
 from dpnb.experiments.experiment import Experiment
 
-__all__ = ["PRESETS", "Experiment", "get", "names"]
+__all__ = [
+    "PRESETS", "Experiment", "get", "names",
+]  # fmt: skip
 
 PRESETS = ("smoke", "teach", "colab", "paper")
 _FAMILIES = (cifar10, studies, pretraining, finetuning, imagenet, digits)
 # The changes that a preset makes to an experiment, by the module that registers it.
-_AT = {e.name: family.at for family in _FAMILIES for e in family.TABLE}
+_PRESET_OVERRIDES = {e.name: family.preset_overrides for family in _FAMILIES for e in family.TABLE}
 _ALL = {e.name: e for family in _FAMILIES for e in family.TABLE}
 
 
@@ -42,4 +44,4 @@ def get(name: str, preset: str = "paper", **changes) -> Experiment:
     if changes.get("dataset", e.dataset) != e.dataset:  # what the paper reports is of another data set
         source = f"none: {name} is on {e.dataset}"
         changes = dict(paper_mean=None, paper_std=None, paper_source=source) | changes
-    return e.replace(**{"preset": preset, **_AT[name](e, preset), **changes})
+    return e.replace(**{"preset": preset, **_PRESET_OVERRIDES[name](e, preset), **changes})

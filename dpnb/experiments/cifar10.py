@@ -101,7 +101,7 @@ SCATTER = [
 TABLE = [*WRN, *SCATTER]
 
 
-def at(experiment: Experiment, preset: str) -> dict:
+def preset_overrides(experiment: Experiment, preset: str) -> dict:
     """The changes that a preset makes."""
     if experiment.network == "scatter-linear":
         cpu = dict(physical_batch_size=8)  # a call that stays in the cache

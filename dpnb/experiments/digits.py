@@ -28,6 +28,6 @@ PRESETS = {
 }
 
 
-def at(experiment: Experiment, preset: str) -> dict:
+def preset_overrides(experiment: Experiment, preset: str) -> dict:
     """The changes that a preset makes."""
     return PRESETS[preset]

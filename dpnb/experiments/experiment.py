@@ -194,11 +194,11 @@ class Experiment:
 
         Rounding apart: the physical batch size may differ where another machine goes on.
         """
-        fields = {k: v for k, v in self.decisive().items() if k not in LATER or v != LATER[k]}
+        fields = {k: v for k, v in self.identity_fields().items() if k not in LATER or v != LATER[k]}
         text = json.dumps({**fields, **more}, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def decisive(self) -> dict:
+    def identity_fields(self) -> dict:
         """The fields that make it another experiment; the seed, and what is only shown, left out."""
         presentation = {"name", "preset", "data_note", "paper_mean", "paper_std", "paper_source"}
         presentation |= {

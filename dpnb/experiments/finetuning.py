@@ -80,7 +80,7 @@ TABLE = [
 ]  # fmt: skip
 
 
-def at(experiment: Experiment, preset: str) -> dict:
+def preset_overrides(experiment: Experiment, preset: str) -> dict:
     """The changes that a preset makes; below "paper" the network is a WRN-10-2."""
     if preset == "paper":
         return {}

@@ -85,7 +85,7 @@ TABLE = [
 ]  # fmt: skip
 
 
-def at(experiment: Experiment, preset: str) -> dict:
+def preset_overrides(experiment: Experiment, preset: str) -> dict:
     """The changes that a preset makes. Below "paper" the network is a narrow NF-ResNet at few pixels,
     and what is fine-tuned begins with weights from random textures.
 

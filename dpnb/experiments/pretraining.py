@@ -41,7 +41,7 @@ TABLE = [
 ]  # fmt: skip
 
 
-def at(experiment: Experiment, preset: str) -> dict:
+def preset_overrides(experiment: Experiment, preset: str) -> dict:
     """The changes that a preset makes: WRN-10-2 on CPUs, WRN-16-4 on a small GPU."""
     cpu = dict(expected_batch_size=256, learning_rate=0.1, physical_batch_size=32)
     nf = experiment.network == "nf-resnet"

@@ -89,7 +89,7 @@ TABLE = [
 ]  # fmt: skip
 
 
-def at(experiment: Experiment, preset: str) -> dict:
+def preset_overrides(experiment: Experiment, preset: str) -> dict:
     """The changes that bring a cell to a preset's scale; what the study varies stays in proportion.
 
     smoke: WRN-10-1, a few updates: the road works, no more. teach: WRN-10-1 on two CPU cores, two

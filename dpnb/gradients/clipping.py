@@ -117,25 +117,24 @@ class ClippedGrad:
         squares = jax.tree.map(_squares, grads)
         norms = jnp.sqrt(sum(jax.tree.leaves(squares)))
         # Selected, not multiplied by zero: zero times NaN is NaN.
-        used = mask & _finite(norms)
-        factor = self._factor(jnp.where(used, norms, 1.0))
+        included = mask & _finite(norms)
+        factor = self._factor(jnp.where(included, norms, 1.0))
         few = jax.default_backend() == "cpu" and len(norms) <= FEW
 
-        def add(
-            total, g, factor, used
-        ):  # kernels of convolutions come one by one, see `dpnb.gradients.batching`
+        def add(total, g, factor, included):
+            # Kernels of convolutions come one by one, see `dpnb.gradients.batching`.
             adder = _add_one_by_one if few and g.ndim > 3 else _add_reduced
-            return adder(total, g, factor, used)
+            return adder(total, g, factor, included)
 
         info = NonPrivate(jnp.where(mask, norms, 0), jnp.where(mask, losses, 0), aux)
         if self.form == "materialised":
-            return jax.tree.map(lambda total, g: add(total, g, factor, used), total, grads), info
+            return jax.tree.map(lambda total, g: add(total, g, factor, included), total, grads), info
 
         def add_again(total, g, squares):
             g = g.astype(_accumulator(g))
             allowed, now = jnp.sqrt(squares), jnp.sqrt(_squares(g))
             within = jnp.where(now > allowed, allowed / now, 1)
-            return add(total, g, factor * within, used & _finite(now))
+            return add(total, g, factor * within, included & _finite(now))
 
         return jax.tree.map(add_again, total, self._second_pass(params, examples, norms), squares), info
 
@@ -150,7 +149,7 @@ class ClippedGrad:
         """The gradients once more, in a way that XLA cannot merge with the first time.
 
         It would merge equal computations, and keep the gradients between them. So each loss is
-        multiplied by a one that depends on the norm (zero where that is NaN: such are not used).
+        multiplied by a one that depends on the norm (zero where that is NaN: such are not included).
         """
         one = jnp.where(norms >= 0, 1, 0).astype(norms.dtype)
         gradient = jax.grad(lambda params, example, one: one * self._mean_loss(params, example)[0])
@@ -194,22 +193,22 @@ def _level(x):
     return jnp.concatenate([sums, x[..., whole:].sum(-1, keepdims=True)], -1) if last > whole else sums
 
 
-def _add_one_by_one(total, g, factor, used):
-    """total + sum of factor * g over the used examples, as one fused pass; for a few examples, on CPU."""
+def _add_one_by_one(total, g, factor, included):
+    """total + sum of factor * g over the included examples, as one fused pass; for a few examples, on CPU."""
     for i in range(g.shape[0]):
         scaled = (g[i] * factor[i].astype(g.dtype)).astype(total.dtype)  # to integers: towards zero
-        total = total + jnp.where(used[i], scaled, jnp.zeros_like(scaled))
+        total = total + jnp.where(included[i], scaled, jnp.zeros_like(scaled))
     return total
 
 
-def _add_reduced(total, g, factor, used):
+def _add_reduced(total, g, factor, included):
     """The same as a reduction, of the same size whatever the number of examples.
 
     Not a matrix product, which would round to half precision there.
     """
     over = [-1] + [1] * (g.ndim - 1)
     scaled = (g * factor.astype(g.dtype).reshape(over)).astype(total.dtype)
-    return total + jnp.where(used.reshape(over), scaled, jnp.zeros_like(scaled)).sum(0, dtype=total.dtype)
+    return total + jnp.where(included.reshape(over), scaled, jnp.zeros_like(scaled)).sum(0, dtype=total.dtype)
 
 
 def _check_floating(x, what: str) -> None:

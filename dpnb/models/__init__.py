@@ -17,8 +17,8 @@ if TYPE_CHECKING:  # at run time each is imported when it is first used
     from dpnb.models.wide_resnet import WideResNet
 
 __all__ = [
-    "NETWORKS", "MixesExamples", "NFNet", "NFResNet", "Network", "ScatterLinear", "WideResNet", "check_independent",
-    "functional",
+    "NETWORKS", "MixesExamples", "NFNet", "NFResNet", "Network", "ScatterLinear", "WideResNet",
+    "check_independent", "functional",
 ]  # fmt: skip
 
 __getattr__, __dir__ = lazy.attach(

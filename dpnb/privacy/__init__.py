@@ -29,13 +29,14 @@ from dpnb.privacy.mechanism import (
     warn_if_delta_is_large,
 )
 from dpnb.privacy.randomness import derived_seed
-from dpnb.privacy.sampling import Poisson, Shuffle, physical_batches
+from dpnb.privacy.sampling import PoissonSampler, ShuffleSampler, physical_batches
 from dpnb.privacy.statement import privacy_statement
 
 __all__ = [
-    "ACCOUNTANTS", "DEFAULT_ACCOUNTANT", "LARGEST_CLIP_NORM", "MOST_STEPS", "NEIGHBOURS", "PLD_INTERVAL", "SAMPLERS", "SMALLEST_CLIP_NORM", "BudgetExceeded",
-    "DeltaTooSmall", "Ledger", "LedgerError", "LedgerLocked", "Mechanism", "MissingAccountant", "Poisson",
-    "PrivacyBudget", "SharedNoise", "Shuffle", "affordable_steps", "calibrate_noise", "calibrate_steps", "compose",
-    "counts_from_json", "derived_seed", "epsilon", "epsilon_curve", "events_from_json", "find_accountant", "physical_batches",
-    "privacy_statement", "warn_if_delta_is_large",
+    "ACCOUNTANTS", "DEFAULT_ACCOUNTANT", "LARGEST_CLIP_NORM", "MOST_STEPS", "NEIGHBOURS", "PLD_INTERVAL",
+    "SAMPLERS", "SMALLEST_CLIP_NORM", "BudgetExceeded", "DeltaTooSmall", "Ledger", "LedgerError", "LedgerLocked",
+    "Mechanism", "MissingAccountant", "PoissonSampler", "PrivacyBudget", "SharedNoise", "ShuffleSampler",
+    "affordable_steps", "calibrate_noise", "calibrate_steps", "compose", "counts_from_json", "derived_seed",
+    "epsilon", "epsilon_curve", "events_from_json", "find_accountant", "physical_batches", "privacy_statement",
+    "warn_if_delta_is_large",
 ]  # fmt: skip

@@ -209,9 +209,9 @@ class Ledger:
         return self.epsilon(self.accountant)
 
     @property
-    def valid(self) -> bool:
+    def is_exactly_accounted(self) -> bool:
         """Whether every step ran the sampler that is accounted; else every epsilon is nominal."""
-        return all(m.valid for m in self._counts)
+        return all(m.is_exactly_accounted for m in self._counts)
 
     def epsilon(self, accountant: str) -> float:
         """Epsilon of all charged steps at the budget's delta; raises as `dpnb.privacy.epsilon`."""

@@ -69,24 +69,24 @@ class Mechanism:
             raise ValueError(f'sampler must be "poisson" or "shuffle", got {self.sampler!r}')
 
     @property
-    def valid(self) -> bool:
+    def is_exactly_accounted(self) -> bool:
         """Whether what runs is what is accounted. False: every epsilon is nominal."""
         return self.sampler == "poisson"
 
     @property
-    def private(self) -> bool:
+    def has_noise(self) -> bool:
         """Whether the noise is enough to be accounted."""
         return self.noise_multiplier >= 0.1
 
     @property
     def claim(self) -> str:
         """ "valid" or "nominal", as records say it."""
-        return "valid" if self.valid else "nominal"
+        return "valid" if self.is_exactly_accounted else "nominal"
 
     def event(self, steps: int = 1):
         """The dp_accounting DpEvent of `steps` updates."""
         dp = dp_accounting_or_error()
-        if not self.private:
+        if not self.has_noise:
             one = dp.NonPrivateDpEvent()
         else:
             noise = dp.GaussianDpEvent(self.noise_multiplier)

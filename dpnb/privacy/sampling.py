@@ -13,7 +13,7 @@ from dpnb.privacy.randomness import random_bytes
 
 
 @dataclasses.dataclass(frozen=True)
-class Poisson:
+class PoissonSampler:
     """Each of `n` examples enters each update independently with probability `probability`.
 
     Formal guarantee: this is the sampling that `PoissonSampledDpEvent` accounts for, for whoever cannot
@@ -38,7 +38,7 @@ class Poisson:
 
 
 @dataclasses.dataclass(frozen=True)
-class Shuffle:
+class ShuffleSampler:
     """Fixed-size batches from a stream reshuffled every epoch, as the paper's runs used.
 
     No epsilon is proven for it here: Poisson accounting of a shuffled run is *nominal*

@@ -37,7 +37,7 @@ def privacy_statement(
     parts = [_claim(counts, delta)]
     if training_examples and delta >= 1 / training_examples:
         parts.append(_large_delta(delta, training_examples))
-    if all(m.private for m in counts):
+    if all(m.has_noise for m in counts):
         parts.append(COVERED)
     parts += [
         _seed(seed_published),
@@ -77,12 +77,12 @@ def _claim(counts: Mapping[Mechanism, int], delta: float) -> str:
     except MissingAccountant:
         claim = "epsilon not computed (dp-accounting is not installed here; recompute it from the events)"
     terms = f"{claim}, at delta = {delta:g}, neighbouring relation: {NEIGHBOURS}, for {runs}."
-    if not all(m.private for m in counts):
+    if not all(m.has_noise for m in counts):
         return (
             "This run is NOT differentially private: there were updates without noise, or with too little "
             f"to be accounted. {terms}"
         )
-    if not all(m.valid for m in counts):
+    if not all(m.is_exactly_accounted for m in counts):
         return (
             f"This run has only a *nominal* privacy claim: {terms} The accountants assume Poisson sampling, "
             "but fixed-size batches of shuffled data were used, for which the true epsilon can be larger. "
@@ -162,9 +162,13 @@ def _publishable(counts: Mapping[Mechanism, int], seed_published: bool) -> str:
         "full notebook, with exact statistics of the training data, an unkeyed hash of them, and some "
         "training images."
     )
-    if not all(m.private for m in counts):
+    if not all(m.has_noise for m in counts):
         return f"Files: this run gives no guarantee, so none of its files may be published. {kept}"
-    basis = "guarantee" if all(m.valid for m in counts) else "*nominal* claim, which is not a guarantee,"
+    basis = (
+        "guarantee"
+        if all(m.is_exactly_accounted for m in counts)
+        else "*nominal* claim, which is not a guarantee,"
+    )
     return (
         "Files: those in `release/` may be published: `ema.safetensors` (averaged parameters), "
         "`result.json` (settings, number of updates, accuracy on the evaluation split), `privacy.md` (this "

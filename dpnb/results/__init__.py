@@ -5,7 +5,7 @@
 
 from dpnb.results.consistency import LeftOut
 from dpnb.results.records import finite, recompute_epsilon, record, statement
-from dpnb.results.store import cell, flatten, load, of, one_per_seed, save
+from dpnb.results.store import flatten, load, matching_records, one_per_seed, runs_of_cell, save
 from dpnb.results.studies import (
     Difference,
     counts,
@@ -31,7 +31,8 @@ from dpnb.results.tables import (
 )
 
 __all__ = [
-    "Difference", "LeftOut", "cell", "counts", "difference", "differences", "finite", "flatten", "insert", "load",
-    "markdown", "of", "one_per_seed", "possibility", "published", "recompute_epsilon", "record", "row", "save", "scale",
-    "series", "spent", "spread", "statement", "status", "study", "summary", "table", "tidy", "verdict",
+    "Difference", "LeftOut", "counts", "difference", "differences", "finite", "flatten", "insert", "load",
+    "markdown", "matching_records", "one_per_seed", "possibility", "published", "recompute_epsilon", "record",
+    "row", "runs_of_cell", "save", "scale", "series", "spent", "spread", "statement", "status", "study", "summary",
+    "table", "tidy", "verdict",
 ]  # fmt: skip

@@ -123,7 +123,7 @@ def _privacy(record: Record, e: Experiment, mechanism: privacy.Mechanism) -> Che
 
 def _ledger(record: Record, mechanism: privacy.Mechanism) -> Check:
     """A step that was charged twice is in the ledger twice."""
-    charged, steps = privacy.counts_fromas_json(record["ledger"]), record["privacy"]["steps"]
+    charged, steps = privacy.counts_from_json(record["ledger"]), record["privacy"]["steps"]
     agrees = set(charged) <= {mechanism} and charged.get(mechanism, 0) >= steps
     return agrees, f"ledger: {charged or 'nothing'}, and {steps} steps of {mechanism} were made"
 
@@ -187,7 +187,7 @@ def accounted(record: Record, coarse: bool = False) -> list[Check]:
     Args:
       coarse: a quick look first, and the exact bound only if they differ.
     """
-    p, counts = record["privacy"], privacy.counts_fromas_json(record["ledger"])
+    p, counts = record["privacy"], privacy.counts_from_json(record["ledger"])
     privacy.find_accountant(p["calibrated_with"])
     made, target = [], _number(p["epsilon_target"])
 
@@ -244,8 +244,8 @@ def changed(record: Record) -> dict[str, tuple[Any, Any]]:
       KeyError, ValueError: the registry has no such name, or preset.
     """
     known = experiments.get(record["experiment"], record["preset"])
-    own = experiment_of(record).decisive()
-    different = {k: (own[k], v) for k, v in known.decisive().items() if v is not None and own[k] != v}
+    own = experiment_of(record).identity_fields()
+    different = {k: (own[k], v) for k, v in known.identity_fields().items() if v is not None and own[k] != v}
     if known.noise_multiplier is None and noisier(record):
         different["noise_multiplier"] = (own["noise_multiplier"], "calibrated to spend the budget")
     return different
@@ -321,7 +321,7 @@ def _journal(record: Record, path: pathlib.Path) -> Check:
     e = experiment_of(record)
     return _same(
         f"{path.name}, of {ledger.steps} charged steps",
-        ledger=(privacy.counts_fromas_json(record["ledger"]), privacy.counts_fromas_json(ledger.events())),
+        ledger=(privacy.counts_from_json(record["ledger"]), privacy.counts_from_json(ledger.events())),
         epsilon=(e.epsilon, ledger.budget.epsilon),
         delta=(e.delta, ledger.budget.delta),
         accountant=(e.accountant, ledger.accountant),

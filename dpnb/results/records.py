@@ -88,7 +88,7 @@ def recompute_epsilon(events: list[dict[str, Any]], delta: float, accountant: st
     """Epsilon of a ledger; None for infinity, or where nobody can say: dp-accounting is not installed, or
     delta is too small for PLD."""
     try:
-        return finite(privacy.epsilon(privacy.events_fromas_json(events), 1, delta, accountant))
+        return finite(privacy.epsilon(privacy.events_from_json(events), 1, delta, accountant))
     except (privacy.MissingAccountant, privacy.DeltaTooSmall):
         return None
 

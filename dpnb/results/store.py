@@ -11,7 +11,7 @@ from safetensors.numpy import save as serialised
 
 from dpnb import experiments, privacy
 from dpnb.data import Dataset
-from dpnb.files import private_folder, write_whole
+from dpnb.files import private_folder, write_atomic
 from dpnb.results import release
 from dpnb.results.consistency import LeftOut, misfit, noisier
 from dpnb.results.records import finite, record, statement
@@ -37,18 +37,18 @@ def save(run: "Run", data: Dataset, directory: str | pathlib.Path) -> dict[str, 
     e, made = run.experiment, record(run, data)
     if jax.process_index():  # the first process writes for all
         return made
-    private = all(m.private for m in privacy.counts_fromas_json(run.events))
+    private = all(m.has_noise for m in privacy.counts_from_json(run.events))
     folder = release.folder(directory, e.seed is None, private)
     if e.seed is None:
         kept = private_folder(directory, secret=True)
-        write_whole(kept / release.FULL_RECORD, as_json(made), mode=0o600)
+        write_atomic(kept / release.FULL_RECORD, as_json(made), mode=0o600)
         made = release.record(made, run_seed(kept, None)[0])
     saw = f"{data.name}, as {e.name} (fingerprint {made['data']['fingerprint']})"
     if run.public:
         saw += f"; before that {run.public['saw']}"
-    write_whole(folder / "ema.safetensors", serialised(flatten(run.ema_params), {"saw": saw}))
-    write_whole(folder / release.RECORD, as_json(made))
-    write_whole(folder / "privacy.md", statement(made) + "\n")
+    write_atomic(folder / "ema.safetensors", serialised(flatten(run.ema_params), {"saw": saw}))
+    write_atomic(folder / release.RECORD, as_json(made))
+    write_atomic(folder / "privacy.md", statement(made) + "\n")
     return made
 
 
@@ -70,7 +70,9 @@ def load(root: str | pathlib.Path, name: str = release.RECORD) -> list[dict[str,
     return sorted(found, key=lambda r: r["finished"])
 
 
-def of(experiment: experiments.Experiment, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def matching_records(
+    experiment: experiments.Experiment, records: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
     """The finished records of this experiment, whatever name and seed it ran under.
 
     A cell that stands in several tables is trained once: the records that match are those whose
@@ -80,7 +82,7 @@ def of(experiment: experiments.Experiment, records: list[dict[str, Any]]) -> lis
     at, see `dpnb verify`.
     """
     default = {f.name: f.default for f in dataclasses.fields(experiment)}
-    wanted = {k: finite(v) for k, v in experiment.decisive().items() if v is not None}
+    wanted = {k: finite(v) for k, v in experiment.identity_fields().items() if v is not None}
 
     def same(record):
         hyper = record["hyper_parameters"]
@@ -104,11 +106,11 @@ def warn_left_out(record: dict[str, Any], why: str) -> None:
     warnings.warn(f"left out of all tables: the record {which}: {why}", LeftOut, stacklevel=4)
 
 
-def cell(name: str, preset: str, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def runs_of_cell(name: str, preset: str, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The records of one cell of a table, one per seed: runs whose settings were changed are others."""
     runs = [
         r
-        for r in of(experiments.get(name, preset), records)
+        for r in matching_records(experiments.get(name, preset), records)
         if (r["experiment"], r["preset"]) == (name, preset)
     ]
     return one_per_seed(runs)

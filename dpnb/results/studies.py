@@ -8,7 +8,7 @@ import numpy as np
 from dpnb import experiments, privacy
 from dpnb.experiments import literature
 from dpnb.models.registry import label
-from dpnb.results.store import cell, of, one_per_seed
+from dpnb.results.store import matching_records, one_per_seed, runs_of_cell
 from dpnb.results.tables import markdown, minutes
 
 
@@ -16,7 +16,7 @@ def summary(cells: list[experiments.Experiment], records: list[dict[str, Any]], 
     """Mean, standard deviation and number of runs of each cell of a study, one run per seed.
 
     Args:
-      cells: at one preset, seed of no matter; each takes the records that `of` finds for it.
+      cells: at one preset, seed of no matter; each takes the records that `matching_records` finds for it.
       records: as `load` returns them.
       fields: further fields of the experiments to have as columns, e.g. ("learning_rate",).
     Returns:
@@ -32,7 +32,7 @@ def summary(cells: list[experiments.Experiment], records: list[dict[str, Any]], 
     rows, seen = [], set()
     others = [a for a in privacy.ACCOUNTANTS if a != privacy.DEFAULT_ACCOUNTANT]
     for e in cells:
-        runs = one_per_seed(of(e, records))
+        runs = one_per_seed(matching_records(e, records))
         ema = [r["accuracy"]["ema"] for r in runs]
 
         def mean(values):
@@ -73,7 +73,7 @@ def spent(result: dict[str, Any], accountant: str = privacy.DEFAULT_ACCOUNTANT) 
     if p.get(f"epsilon_{accountant}") is not None:
         return p[f"epsilon_{accountant}"]
     mechanism = privacy.Mechanism(p["noise_multiplier"], p["sampling_probability"], p["sampler"])
-    return math.nan if mechanism.private else math.inf
+    return math.nan if mechanism.has_noise else math.inf
 
 
 def scale(frame) -> str:
@@ -155,7 +155,7 @@ def series(records: list[dict[str, Any]]) -> dict[str, list[tuple[float, float, 
     for name in ("scatter-linear", "wrn-16-4", "wrn-40-4"):
         cells = [experiments.get(n) for n in experiments.names(f"cifar10/{name}/*")]
         for preset in experiments.PRESETS:
-            ran = [(e, cell(e.name, preset, records)) for e in cells]
+            ran = [(e, runs_of_cell(e.name, preset, records)) for e in cells]
             ran = [(experiments.get(e.name, preset), runs) for e, runs in ran if runs]
             if ran:
                 frame = summary([e for e, _ in ran], [r for _, runs in ran for r in runs])

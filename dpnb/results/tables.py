@@ -7,7 +7,7 @@ import numpy as np
 from dpnb import experiments, privacy
 from dpnb.experiments import imagenet
 from dpnb.results.consistency import MALFORMED, changed, in_words
-from dpnb.results.store import cell, warn_left_out
+from dpnb.results.store import runs_of_cell, warn_left_out
 
 WITHIN = 1.0  # points: re-runs of one setting spread by 0.8 to 0.9
 
@@ -42,7 +42,7 @@ def table(pattern: str, results: list[dict[str, Any]]):
       A row that neither the paper nor we have a number for is left out (`dpnb list` has them all).
       A difference is shown at preset "paper" only: other presets are other experiments. Runs whose
       hyper-parameters were changed are experiments without a name, and not in it; nor is what does not fit
-      its row (see `of`). Of both the warning `dpnb.results.consistency.LeftOut` says why.
+      its row (see `matching_records`). Of both the warning `dpnb.results.consistency.LeftOut` says why.
     """
     import pandas
 
@@ -52,7 +52,7 @@ def table(pattern: str, results: list[dict[str, Any]]):
         e = experiments.get(name)
         base = {"experiment": name, "epsilon": e.epsilon, "paper": published(e)}
         for preset in experiments.PRESETS:
-            runs = cell(name, preset, results)
+            runs = runs_of_cell(name, preset, results)
             if runs:
                 rows.append({**base, **_ours(runs, preset, e)})
             elif preset == "paper" and e.paper_mean is not None:
@@ -87,7 +87,7 @@ def _say_changed(records: list[dict[str, Any]]) -> None:
 
 def status(experiment: experiments.Experiment, results: list[dict[str, Any]]) -> str:
     """What the records at preset "paper" say (see `verdict`), else "runnable" and what was run smaller."""
-    runs = {preset: cell(experiment.name, preset, results) for preset in experiments.PRESETS}
+    runs = {preset: runs_of_cell(experiment.name, preset, results) for preset in experiments.PRESETS}
     if full := runs["paper"]:
         return f"{verdict(experiment, full)} (n = {len(full)})"
     smaller = ", ".join(p for p in experiments.PRESETS if runs[p])

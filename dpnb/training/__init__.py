@@ -5,12 +5,12 @@ from dpnb.training.cost import Cost, predict
 from dpnb.training.curve import accounting_grid, epsilon_spent
 from dpnb.training.evaluation import Evaluation, make_evaluate
 from dpnb.training.loop import Run, train
-from dpnb.training.session import Session, calibrated, prepare
-from dpnb.training.state import Seen, State, Totals
+from dpnb.training.session import Session, calibrate, prepare
+from dpnb.training.state import Accumulator, BatchMetrics, State
 from dpnb.training.update import Trainer, make_trainer, one_update
 
 __all__ = [
-    "Cost", "Evaluation", "Run", "Seen", "Session", "State", "Totals", "Trainer", "UnsoundTrainer", "accounting_grid",
-    "calibrated", "check_trainer", "epsilon_spent", "make_evaluate", "make_trainer", "one_update", "predict", "prepare",
-    "train",
+    "Accumulator", "BatchMetrics", "Cost", "Evaluation", "Run", "Session", "State", "Trainer", "UnsoundTrainer",
+    "accounting_grid", "calibrate", "check_trainer", "epsilon_spent", "make_evaluate", "make_trainer",
+    "one_update", "predict", "prepare", "train",
 ]  # fmt: skip

@@ -19,8 +19,8 @@ import numpy as np
 from scipy import stats
 
 from dpnb.training import seeds, state, update
-from dpnb.training.sharding import gathered, put, rows, whole
-from dpnb.training.state import Seen, Totals
+from dpnb.training.sharding import batch_sharding, fetch_replicated, put, replicated
+from dpnb.training.state import Accumulator, BatchMetrics
 from dpnb.training.update import Trainer
 
 ALARM = 1e-9  # how likely, at most, a sound trainer fails `check_trainer`
@@ -220,7 +220,7 @@ def _update(trainer: Trainer, noises: list) -> Iterator[Finding]:
             yield (
                 False,
                 f"update: {names} depend on the batch's own size or losses, which no noise covers; divide by "
-                "expected_batch_size, and do not use `Seen`",
+                "expected_batch_size, and do not use `BatchMetrics`",
             )
             return
         same = {n for n in want if n.startswith(".params") and np.array_equal(want[n], quiet[n])}
@@ -247,20 +247,22 @@ def _any_integers(rng, shape) -> np.ndarray:
 
 
 def _hold(trainer: Trainer):
-    """A function (int32 sums, a number) -> Totals of them on the last device, the number in all of `Seen`."""
+    """A function (int32 sums, a number) -> Totals of them on the last device, the number in all of `BatchMetrics`."""
     devices = trainer.mesh.devices.size
 
     def totals(sums, seen):
         gradient = jax.tree.map(lambda s: jnp.zeros((devices, *s.shape), s.dtype).at[-1].set(s), sums)
-        return Totals(gradient, Seen(*[jnp.full(devices, seen, jnp.float32)] * len(Seen._fields)))
+        return Accumulator(
+            gradient, BatchMetrics(*[jnp.full(devices, seen, jnp.float32)] * len(BatchMetrics._fields))
+        )
 
-    hold = jax.jit(totals, out_shardings=rows(trainer.mesh))
+    hold = jax.jit(totals, out_shardings=batch_sharding(trainer.mesh))
     return lambda sums, seen=0.0: hold(jax.tree.map(put, sums, trainer.places.params), np.float32(seen))
 
 
 def _on_host(state: state.State) -> dict[str, np.ndarray]:
     leaves = jax.tree.leaves_with_path(state._replace(key=()))
-    return {jax.tree_util.keystr(path): np.asarray(gathered(leaf)) for path, leaf in leaves}
+    return {jax.tree_util.keystr(path): np.asarray(fetch_replicated(leaf)) for path, leaf in leaves}
 
 
 # The clip.
@@ -270,12 +272,13 @@ def _clip(trainer: Trainer, norm: float) -> Iterator[Finding]:
     """What single examples add to the sum, in units of the grid; norm: the clip norm in these units."""
     size, rng = trainer.physical_batch_size, np.random.default_rng(OWN_SEED)
     batch, count = _made_up(trainer, rng)
-    key = seeds.step_key(put(seeds.root_key(OWN_SEED), whole(trainer.mesh)), 0)
+    key = seeds.step_key(put(seeds.root_key(OWN_SEED), replicated(trainer.mesh)), 0)
     hold, places = _hold(trainer), np.arange(size)
     start = jax.tree.map(lambda p: _any_integers(rng, p.shape), trainer.state.params)
     nothing = jax.tree.map(np.zeros_like, start)
     collect = jax.jit(
-        lambda totals: jax.tree.map(lambda t: t.sum(0, t.dtype), totals), out_shardings=whole(trainer.mesh)
+        lambda totals: jax.tree.map(lambda t: t.sum(0, t.dtype), totals),
+        out_shardings=replicated(trainer.mesh),
     )
     steeper = jax.jit(lambda p: jax.tree.map(lambda x: STEEP * x, p), out_shardings=trainer.places.params)
 
@@ -283,7 +286,7 @@ def _clip(trainer: Trainer, norm: float) -> Iterator[Finding]:
         """With the examples `who`, bool [size], in places that are their own, or `moved`; all others are padding."""
         order, who = (np.roll(x, moved) for x in (np.where(who, places % count, 0).astype(np.int32), who))
         totals = collect(trainer.accumulate(params, hold(before), *batch(order, who), key))
-        return jax.tree.map(lambda t: np.asarray(gathered(t)), totals)
+        return jax.tree.map(lambda t: np.asarray(fetch_replicated(t)), totals)
 
     def change(totals, before=start):
         parts = jax.tree.map(np.subtract, totals.gradient, before)  # modulo 2^32
@@ -345,7 +348,7 @@ def _made_up(trainer: Trainer, rng):
 
     Black, white, both at random, and noise, in turn, with the first two labels.
     """
-    size, place = trainer.physical_batch_size, rows(trainer.mesh)
+    size, place = trainer.physical_batch_size, batch_sharding(trainer.mesh)
     images, labels, *_ = trainer.feed.blank(size)
     count = min(size, len(images))
     if images.dtype == np.uint8:
@@ -364,7 +367,7 @@ def _made_up(trainer: Trainer, rng):
         made, classes = (
             np.concatenate([x, np.zeros((rest, *x.shape[1:]), x.dtype)]) for x in (made, classes)
         )
-    made, classes = (put(x, whole(trainer.mesh)) for x in (made, classes))
+    made, classes = (put(x, replicated(trainer.mesh)) for x in (made, classes))
     return lambda order, mask: (made, classes, put(order, place), put(mask, place)), count
 
 
@@ -407,7 +410,7 @@ def _sampler(trainer: Trainer) -> Iterator[Finding]:
 def _whole(trainer: Trainer, step: int) -> bool:
     """Are the physical batches together what the sampler draws?"""
     parts = trainer.feed.batches(trainer.sampler, step, trainer.physical_batch_size)
-    came = [np.asarray(gathered(i))[np.asarray(gathered(mask))] for *_, i, mask in parts]
+    came = [np.asarray(fetch_replicated(i))[np.asarray(fetch_replicated(mask))] for *_, i, mask in parts]
     return sorted(np.concatenate([[], *came])) == sorted(trainer.sampler.indices(step))
 
 

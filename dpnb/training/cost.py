@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from dpnb.data import Dataset
 from dpnb.experiments.experiment import Experiment
 from dpnb.gradients.clipping import choose_form
-from dpnb.training.devices import call_size, device_memory, memory_limit
+from dpnb.training.devices import device_memory, memory_limit, per_device_batch_size
 from dpnb.training.seeds import step_key
 from dpnb.training.update import Trainer, draw_noise, make_trainer
 
@@ -104,14 +104,14 @@ def memory_of(compiled) -> int:
 def physical_batch_size(trainer: Trainer) -> int:
     """Examples per device and call: the experiment's choice, else what fits and is fast.
 
-    CPU: `call_size` (benchmarks/clipped_gradient.py).  Accelerators: the largest power of two,
+    CPU: `per_device_batch_size` (benchmarks/clipped_gradient.py).  Accelerators: the largest power of two,
     up to 4096 views, whose footprint fits 60 % of the free memory and whose gradients can be kept
     (`dpnb.gradients.clipping.choose_form`) where they are at a small size; the footprint is XLA's at two small
     sizes, continued as a straight line.
     """
     experiment, device = trainer.experiment, jax.devices()[0]
     if experiment.physical_batch_size or device.platform == "cpu":
-        return call_size(experiment)
+        return per_device_batch_size(experiment)
     limit = 0.6 * free_memory(device)
     small, double = (_footprint(trainer, n) for n in (2, 4))
     slope = max((double - small) / 2, 1)

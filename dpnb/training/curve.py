@@ -8,20 +8,20 @@ import numpy as np
 
 from dpnb import privacy
 from dpnb.experiments.experiment import Experiment
-from dpnb.training.sharding import gathered
-from dpnb.training.state import Seen
+from dpnb.training.sharding import fetch_replicated
+from dpnb.training.state import BatchMetrics
 
 
-def curve_point(step: int, seen: Seen, epsilon: float) -> dict[str, Any]:
+def curve_point(step: int, seen: BatchMetrics, epsilon: float) -> dict[str, Any]:
     """One point of the curve. All but step and epsilon are training statistics, not private."""
-    seen = Seen(*[float(gathered(x)) for x in seen])
+    seen = BatchMetrics(*[float(fetch_replicated(x)) for x in seen])
     n, finite = max(seen.examples, 1.0), seen.examples - seen.nonfinite
     return {
         "step": step,
         "epsilon": epsilon,
         "batch_size": int(seen.examples),
         "train_loss": seen.loss / max(finite, 1.0) if finite or not seen.examples else math.nan,
-        "train_accuracy": 100 * seen.right / n,
+        "train_accuracy": 100 * seen.correct / n,
         "mean_norm": seen.norm / n,
         "clipped_fraction": seen.clipped / n,
         "nonfinite": int(seen.nonfinite),

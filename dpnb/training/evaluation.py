@@ -11,7 +11,7 @@ import optax
 from dpnb.data import Split
 from dpnb.data.augment import plain
 from dpnb.data.recipe import SMALL_IMAGES, Recipe
-from dpnb.training.sharding import gathered
+from dpnb.training.sharding import fetch_replicated
 
 
 class Evaluation(NamedTuple):
@@ -40,7 +40,7 @@ def make_evaluate(
         return logits.argmax(-1), optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
     def evaluate(params, split: Split) -> Evaluation:
-        params = jax.tree.map(gathered, params)
+        params = jax.tree.map(fetch_replicated, params)
         predictions, losses, right = [], [], []
         for images, labels in split.batches(batch_size):
             padding = batch_size - len(labels)  # one static size, so one compilation

@@ -11,10 +11,10 @@ from dpnb.data import Dataset
 from dpnb.data.photographs import Photographs
 from dpnb.data.sources import name_unreadable
 from dpnb.privacy import sampling
-from dpnb.training.sharding import put, rows, whole
+from dpnb.training.sharding import batch_sharding, put, replicated
 
 
-class Resident:
+class InMemoryBatches:
     """The whole data set on every device; a batch is indices into it.
 
     images: uint8 [n, h, w, c] (or float32 features); labels: int32 [n].
@@ -24,7 +24,7 @@ class Resident:
 
     def __init__(self, split, mesh: Mesh):
         self.mesh = mesh
-        self.images, self.labels = (put(x, whole(mesh)) for x in (split.images, split.labels))
+        self.images, self.labels = (put(x, replicated(mesh)) for x in (split.images, split.labels))
 
     def batches(self, sampler, step: int, size: int) -> Iterator[tuple]:
         """(images, labels, indices, mask) of every physical batch of update `step`, for `accumulate`."""
@@ -33,7 +33,7 @@ class Resident:
 
     def batch(self, indices: np.ndarray, mask: np.ndarray) -> tuple:
         """These examples, divided over the devices."""
-        return self.images, self.labels, *(put(x, rows(self.mesh)) for x in (indices, mask))
+        return self.images, self.labels, *(put(x, batch_sharding(self.mesh)) for x in (indices, mask))
 
     def blank(self, size: int) -> tuple:
         """A physical batch of padding alone."""
@@ -41,7 +41,7 @@ class Resident:
 
 
 @dataclasses.dataclass
-class Streamed:
+class StreamedBatches:
     """Photographs from disk, read ahead of the device; each process reads the rows of its own devices."""
 
     photographs: Photographs
@@ -50,38 +50,41 @@ class Streamed:
     resident = False
 
     def __post_init__(self):
-        self.ahead, self.expected, self.held, self.named = None, None, None, set()
+        self.prefetched, self.next_call, self.lookahead, self.named = None, None, None, set()
 
     def batches(self, sampler, step: int, size: int) -> Iterator[tuple]:
         """(images, labels, indices, mask) of every physical batch of update `step`, for `accumulate`.
 
         Images that cannot be read are named in a warning, once, and come with the label -1.
         """
-        if self.expected != (step, size, sampler):  # the first call, or not where the last one ended
-            self.held, self.ahead = None, self.photographs.stream(sampler, size, self._rows(size), step)
-        self.expected = None  # until this update has been read to its end
+        if self.next_call != (step, size, sampler):  # the first call, or not where the last one ended
+            self.lookahead, self.prefetched = (
+                None,
+                self.photographs.stream(sampler, size, self._rows(size), step),
+            )
+        self.next_call = None  # until this update has been read to its end
         while True:
-            at, batch = self.held or next(self.ahead)
-            self.held = None
+            at, batch = self.lookahead or next(self.prefetched)
+            self.lookahead = None
             if at > step:
-                self.held = at, batch
+                self.lookahead = at, batch
                 break
             name_unreadable(batch.unreadable, self.named)
             yield tuple(
-                jax.make_array_from_process_local_data(rows(self.mesh), x)
+                jax.make_array_from_process_local_data(batch_sharding(self.mesh), x)
                 for x in (batch.images, batch.labels, batch.indices, batch.mask)
             )
-        self.expected = (step + 1, size, sampler)
+        self.next_call = (step + 1, size, sampler)
 
     def blank(self, size: int) -> tuple:
         """A physical batch of padding alone."""
         side = self.photographs.size
         shapes = ((size, side, side, 3), np.uint8), ((size,), np.int32), ((size,), np.int32), ((size,), bool)
-        return tuple(put(np.zeros(shape, dtype), rows(self.mesh)) for shape, dtype in shapes)
+        return tuple(put(np.zeros(shape, dtype), batch_sharding(self.mesh)) for shape, dtype in shapes)
 
     def _rows(self, size: int) -> slice:
         """The rows of a physical batch that lie on this process's devices, which are neighbours."""
-        places = rows(self.mesh).addressable_devices_indices_map((size,)).values()
+        places = batch_sharding(self.mesh).addressable_devices_indices_map((size,)).values()
         mine = sorted({place[0].indices(size)[:2] for place in places})
         if any(before[1] != after[0] for before, after in zip(mine, mine[1:], strict=False)):
             raise ValueError(
@@ -91,9 +94,9 @@ class Streamed:
         return slice(mine[0][0], mine[-1][1])
 
 
-def make_feed(data: Dataset, augmult: int, mesh: Mesh) -> Resident | Streamed:
+def make_feed(data: Dataset, augmult: int, mesh: Mesh) -> InMemoryBatches | StreamedBatches:
     """The training images of a data set, in the way that suits them."""
     if not isinstance(data.train, Photographs):
-        return Resident(data.train, mesh)
+        return InMemoryBatches(data.train, mesh)
     enlarged = data.train.resized(data.recipe.enlarged) if augmult else data.train
-    return Streamed(enlarged, mesh)
+    return StreamedBatches(enlarged, mesh)

@@ -12,7 +12,7 @@ class FirstProcessFailed(RuntimeError):
     """The first process raised this, so that all processes stop where it does."""
 
 
-def from_first(value: int) -> int:
+def broadcast_from_process_0(value: int) -> int:
     """The first process's value (0 <= value < 2^64), on every process; also a barrier."""
     if jax.process_count() == 1:
         return value
@@ -20,7 +20,7 @@ def from_first(value: int) -> int:
     return high << 32 | low
 
 
-def by_first(call: Callable[[], Any]) -> Any:
+def call_on_process_0(call: Callable[[], Any]) -> Any:
     """What `call` returns on the first process, JSON values, on every process; the others do not call it.
 
     An error of the first process is raised on all, so that nobody waits for it.
@@ -36,7 +36,7 @@ def by_first(call: Callable[[], Any]) -> Any:
             said = json.dumps({"value": call()}).encode()
         except Exception as raised:
             error, said = raised, json.dumps({"error": f"{type(raised).__name__}: {raised}"}).encode()
-    buffer = np.zeros(from_first(len(said)), np.uint8)
+    buffer = np.zeros(broadcast_from_process_0(len(said)), np.uint8)
     buffer[: len(said)] = np.frombuffer(said, np.uint8)
     answer = json.loads(np.asarray(_broadcast(buffer), np.uint8).tobytes())
     if error is not None:

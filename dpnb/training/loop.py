@@ -21,11 +21,11 @@ from dpnb.data import Dataset
 from dpnb.experiments import Experiment
 from dpnb.training.curve import curve_point
 from dpnb.training.evaluation import Evaluation
-from dpnb.training.hosts import by_first, from_first
+from dpnb.training.hosts import broadcast_from_process_0, call_on_process_0
 from dpnb.training.progress import Progress
 from dpnb.training.session import Session, prepare
 from dpnb.training.settings import hardware
-from dpnb.training.sharding import gathered
+from dpnb.training.sharding import fetch_replicated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +109,7 @@ def train(
                     # Together, so that an interrupted run keeps both or neither.
                     history = [*session.history, point] if shown else session.history
                     session.state, session.history = new, history
-                    if last or from_first(int(time.monotonic() - saved > checkpoint_every)):
+                    if last or broadcast_from_process_0(int(time.monotonic() - saved > checkpoint_every)):
                         session.save()
                         saved = time.monotonic()
                     progress.advance(point)
@@ -124,12 +124,12 @@ def _finish(session: Session, stopped: str) -> Run:
     went_on = int(state.step) > session.start
     return Run(
         experiment=session.experiment,
-        params=jax.tree.map(gathered, state.params),
-        ema_params=jax.tree.map(gathered, state.ema),
+        params=jax.tree.map(fetch_replicated, state.params),
+        ema_params=jax.tree.map(fetch_replicated, state.ema),
         history=session.history,
         raw=session.evaluate(state.params, session.data.test),
         ema=session.evaluate(state.ema, session.data.test),
-        events=by_first(session.ledger.events),
+        events=call_on_process_0(session.ledger.events),
         steps=int(state.step),
         seconds=session.seconds + (time.monotonic() - session.began if went_on else 0.0),
         devices=hardware(session.devices),

@@ -20,7 +20,7 @@ def check_noise(experiment: Experiment) -> None:
     sigma, clip_norm = experiment.noise_multiplier, experiment.clip_norm
     if sigma is None:
         raise ValueError(
-            f"{experiment.name}: noise_multiplier must be known, got None; calibrate it (`dpnb.training.calibrated`), "
+            f"{experiment.name}: noise_multiplier must be known, got None; calibrate it (`dpnb.training.calibrate`), "
             "or say 0 for no noise"
         )
     if sigma and not math.isfinite(clip_norm):

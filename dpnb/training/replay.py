@@ -15,10 +15,10 @@ import numpy as np
 from dpnb.privacy import Mechanism
 from dpnb.privacy.ledger import BudgetExceeded, Ledger, SharedNoise
 from dpnb.privacy.randomness import derived_seed
-from dpnb.training.hosts import by_first
+from dpnb.training.hosts import call_on_process_0
 from dpnb.training.seeds import stream_name
-from dpnb.training.sharding import gathered
-from dpnb.training.state import Seen, State
+from dpnb.training.sharding import fetch_replicated
+from dpnb.training.state import BatchMetrics, State
 from dpnb.training.update import Trainer, one_update, reseeded
 
 PAID, REFUSED, AFRESH = "paid", "refused", "afresh"
@@ -31,7 +31,7 @@ def digest(state: State) -> str:
     """
     found = hashlib.sha256()
     for leaf in jax.tree.leaves(state._replace(key=())):
-        x = np.asarray(gathered(leaf))
+        x = np.asarray(fetch_replicated(leaf))
         found.update(f"{x.dtype} {x.shape}".encode())
         found.update(np.ascontiguousarray(x))
     return found.hexdigest()
@@ -57,7 +57,7 @@ class Payer:
         self.stream = stream
         self._trainer, self._key = reseeded(self._trainer, derived_seed(self.seed, stream))
 
-    def update(self, state: State) -> tuple[State, Seen | None, str]:
+    def update(self, state: State) -> tuple[State, BatchMetrics | None, str]:
         """One update that is paid for: (new state, what it saw, ""), or (state, None, why it was refused)."""
         step = int(state.step)
         if refusal := self._refusal(step):
@@ -83,7 +83,7 @@ class Payer:
                     return str(error)
             return ""
 
-        return by_first(ask)
+        return call_on_process_0(ask)
 
     def _charge(self, step: int, released: str) -> tuple[str, str]:
         def pay():
@@ -95,5 +95,5 @@ class Payer:
                 return REFUSED, str(error)
             return PAID, ""
 
-        answer, refusal = by_first(pay)
+        answer, refusal = call_on_process_0(pay)
         return answer, refusal

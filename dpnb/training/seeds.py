@@ -20,9 +20,9 @@ import jax
 import numpy as np
 from flax import nnx
 
-from dpnb.files import write_whole
+from dpnb.files import write_atomic
 from dpnb.privacy.randomness import random_bytes, secret_seed
-from dpnb.training.hosts import any_process, from_first
+from dpnb.training.hosts import any_process, broadcast_from_process_0
 
 
 def run_seed(directory: pathlib.Path, seed: int | None) -> tuple[int, str]:
@@ -36,7 +36,7 @@ def run_seed(directory: pathlib.Path, seed: int | None) -> tuple[int, str]:
     file = directory / "seed.secret"
     if not file.exists():
         drawn = {"seed": secret_seed(), "label": secrets.token_hex(8)}
-        write_whole(file, json.dumps(drawn), mode=0o600)
+        write_atomic(file, json.dumps(drawn), mode=0o600)
     kept = json.loads(file.read_text())
     return kept["seed"], f"secret {kept['label']}"
 
@@ -66,14 +66,14 @@ def initial_rngs(seed: int) -> nnx.Rngs:
     return nnx.Rngs(params=jax.random.fold_in(wrapped(root_key(seed)), 2**31))
 
 
-def agree(seed: int) -> None:
+def assert_same_seed(seed: int) -> None:
     """Processes must have the same seed, and so (it is derived from them) the same experiment and data.
 
     Raises:
       ValueError: some do not agree with the first; on all of them, so that none waits for another.
     """
     known = seed % 2**63
-    if any_process(from_first(known) != known):
+    if any_process(broadcast_from_process_0(known) != known):
         raise ValueError(
             "all processes must have the same seed, experiment and data, but some differ from the first; give them "
             "one directory that all see, and the same files"

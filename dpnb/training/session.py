@@ -28,13 +28,13 @@ from dpnb.training.checkpoints import Checkpoints
 from dpnb.training.checks import check_trainer
 from dpnb.training.curve import epsilon_spent
 from dpnb.training.evaluation import Evaluation, make_evaluate
-from dpnb.training.hosts import by_first
+from dpnb.training.hosts import call_on_process_0
 from dpnb.training.identity import computation
 from dpnb.training.preconditions import check_noise, check_outputs, check_own_model, check_size, noise_images
 from dpnb.training.replay import Payer, digest
-from dpnb.training.seeds import agree, initial_rngs, run_seed, stream_name
+from dpnb.training.seeds import assert_same_seed, initial_rngs, run_seed, stream_name
 from dpnb.training.settings import settings_of
-from dpnb.training.sharding import gathered
+from dpnb.training.sharding import fetch_replicated
 from dpnb.training.state import State
 from dpnb.training.update import Trainer, make_trainer
 
@@ -78,7 +78,7 @@ class Session:
 
     def epsilon(self, step: int) -> float:
         """An upper bound on what is spent after so many updates, those charged twice counted twice."""
-        return self.budget_spent(step + by_first(lambda: self.ledger.extra))
+        return self.budget_spent(step + call_on_process_0(lambda: self.ledger.extra))
 
     def accuracies(self, state: State) -> dict[str, float]:
         """Of raw and averaged parameters on the first `eval_examples` images, for a point of the curve."""
@@ -112,7 +112,7 @@ def prepare(
     Arguments and errors are those of `dpnb.training.train`.
     """
     began = time.monotonic()
-    experiment = calibrated(experiment, len(data.train))
+    experiment = calibrate(experiment, len(data.train))
     check_noise(experiment)
     check_size(experiment, data)
     if model is None:
@@ -124,8 +124,8 @@ def prepare(
     journal = folder / "ledger.jsonl" if jax.process_index() == 0 else None
     budget = privacy.PrivacyBudget(experiment.epsilon, experiment.delta)
     allowed = {mechanism: allowed_steps} if allowed_steps else None
-    used = jax.devices() if devices is None else devices
-    settings = settings_of(experiment, data, used)
+    devices = jax.devices() if devices is None else devices
+    settings = settings_of(experiment, data, devices)
     # Locked from here on, and nothing is written yet. The other processes' ledgers are never asked.
     with open_ledger(
         journal, budget, experiment.accountant, allowed_steps=allowed, settings=settings
@@ -144,13 +144,13 @@ def prepare(
         checkpoints = Checkpoints(folder, f"{fingerprint} {label}")
         state, notes = checkpoints.restore(trainer.state)
         stream = _stream(ledger, state, notes, settings)
-        agree(derived_seed(seed, stream))
+        assert_same_seed(derived_seed(seed, stream))
         evaluate = make_evaluate(trainer.apply, recipe=data.recipe)
         evaluate(state.params, data.test.head(1))  # compiles, before anything is charged
         session = Session(
             experiment=experiment,
             data=data,
-            devices=used,
+            devices=devices,
             ledger=ledger,
             payer=Payer(ledger, trainer, mechanism, seed, stream),
             checkpoints=checkpoints,
@@ -175,11 +175,13 @@ def _identify(experiment, data, folder, model, optimizer, public) -> tuple[str, 
     custom = computation(model, optimizer, data.shape)
     origin = {"public": public["sha256"]} if public else {}
     fingerprint = experiment.fingerprint(data=data.fingerprint, custom=custom, **origin)
-    by_first(lambda: run_seed(folder, experiment.seed)[1])  # which may have to write what the others read
+    call_on_process_0(
+        lambda: run_seed(folder, experiment.seed)[1]
+    )  # which may have to write what the others read
     seed, label = run_seed(folder, experiment.seed)
     # Two releases must not share their noise, unless they are the same to the bit.
     seed = derived_seed(seed, fingerprint)
-    agree(seed)
+    assert_same_seed(seed)
     return fingerprint, seed, label
 
 
@@ -191,14 +193,14 @@ def _stream(ledger: Ledger, state: State, notes: dict[str, Any], settings: str) 
     """
     here = digest(state)
     if start := int(state.step):  # a checkpoint whose ledger was deleted is not continued
-        by_first(lambda: ledger.check_holds(start - 1, here))
+        call_on_process_0(lambda: ledger.check_holds(start - 1, here))
     stream = notes.get("stream", stream_name(""))
-    if by_first(lambda: notes.get("settings", ledger.settings) != settings):
+    if call_on_process_0(lambda: notes.get("settings", ledger.settings) != settings):
         stream = stream_name(stream, settings, here)
     return stream
 
 
-def calibrated(experiment: Experiment, n: int) -> Experiment:
+def calibrate(experiment: Experiment, n: int) -> Experiment:
     """Fills in the one field among (noise_multiplier, steps, epsilon) that is None.
 
     Where all three are given they are kept, and the ledger ends the run when the budget is spent.
@@ -234,7 +236,7 @@ def calibrated(experiment: Experiment, n: int) -> Experiment:
 def open_ledger(journal: pathlib.Path | None, *terms, **more) -> Ledger:
     """The run's ledger on the first process, an empty one in memory on the others; errors are raised on all."""
     opened = []
-    by_first(lambda: opened.append(Ledger(journal, *terms, **more)))
+    call_on_process_0(lambda: opened.append(Ledger(journal, *terms, **more)))
     return opened[0] if opened else Ledger(None, *terms, **more)
 
 
@@ -245,4 +247,4 @@ def make_is_finite(trainer: Trainer, data: Dataset) -> Callable[[Any], bool]:
     """
     inputs = noise_images(data)
     finite = jax.jit(lambda params: jnp.isfinite(trainer.apply(params, inputs)).all())
-    return lambda params: bool(gathered(finite(params)))
+    return lambda params: bool(fetch_replicated(finite(params)))

@@ -13,7 +13,7 @@ import optax
 from dpnb.data import Dataset
 from dpnb.data.photographs import Photographs
 from dpnb.experiments.experiment import Experiment
-from dpnb.training.devices import call_size, memory_limit
+from dpnb.training.devices import memory_limit, per_device_batch_size
 from dpnb.training.identity import code
 
 DECISIVE_FLAGS = (
@@ -35,7 +35,7 @@ def settings_of(experiment: Experiment, data: Dataset, devices: list[jax.Device]
     """
     found = {name: getattr(experiment, name) for name in ("form", "remat", "shard")}
     found |= {
-        "call": call_size(experiment),
+        "call": per_device_batch_size(experiment),
         "memory": memory_limit(devices),
         "processes": jax.process_count(),
     }

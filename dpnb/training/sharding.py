@@ -9,17 +9,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 AXIS = "data"
 
 
-def whole(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh) -> NamedSharding:
     """A copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def rows(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Divided along the first axis."""
     return NamedSharding(mesh, PartitionSpec(AXIS))
 
 
-def placed(tree: Any, mesh: Mesh, divided: bool) -> Any:
+def state_shardings(tree: Any, mesh: Mesh, divided: bool) -> Any:
     """A sharding for each leaf: whole, or (`divided`) along its longest axis that the devices divide.
 
     Leaves without such an axis stay whole.
@@ -28,7 +28,7 @@ def placed(tree: Any, mesh: Mesh, divided: bool) -> Any:
     def place(leaf):
         axes = [a for a, n in enumerate(leaf.shape) if n and n % mesh.devices.size == 0] if divided else []
         if not axes:
-            return whole(mesh)
+            return replicated(mesh)
         axis = max(axes, key=lambda a: leaf.shape[a])
         return NamedSharding(mesh, PartitionSpec(*[None] * axis, AXIS))
 
@@ -41,8 +41,8 @@ def put(x: Any, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(x.shape, sharding, lambda at: x[at])
 
 
-def gathered(x: jax.Array) -> jax.Array:
+def fetch_replicated(x: jax.Array) -> jax.Array:
     """The whole array on a device of this process; every process has to call it for one that is divided."""
     if not x.is_fully_replicated:
-        x = jax.jit(lambda x: x, out_shardings=whole(x.sharding.mesh))(x)
+        x = jax.jit(lambda x: x, out_shardings=replicated(x.sharding.mesh))(x)
     return x.addressable_data(0)

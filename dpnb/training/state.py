@@ -17,24 +17,24 @@ class State(NamedTuple):
     key: jax.Array  # uint32 [2], the root of augmentation; never used directly
 
 
-class Totals(NamedTuple):
+class Accumulator(NamedTuple):
     """Sums over a logical batch, one partial sum per device: leading axis [devices]."""
 
     gradient: PyTree  # clipped, int32 in units of the grid; float32 where there is no noise
-    seen: "Seen"
+    seen: "BatchMetrics"
 
 
-class Seen(NamedTuple):
+class BatchMetrics(NamedTuple):
     """Sums over a logical batch that are NOT private: never released, only shown.
 
-    All float32: examples, loss, fraction of views classified rightly, gradient norm before
+    All float32: examples, loss, fraction of views classified correctly, gradient norm before
     clipping (finite ones), examples that were clipped, examples with a non-finite gradient, and
     those whose image could not be read.
     """
 
     examples: jax.Array
     loss: jax.Array
-    right: jax.Array
+    correct: jax.Array
     norm: jax.Array
     clipped: jax.Array
     nonfinite: jax.Array

@@ -24,14 +24,14 @@ from dpnb.models.pure import functional
 from dpnb.models.registry import make_model
 from dpnb.privacy import sampling
 from dpnb.privacy.noise import GridNoise, grid_bits
-from dpnb.training.devices import call_size, memory_limit, microbatch
-from dpnb.training.feeding import Resident, Streamed, make_feed
+from dpnb.training.devices import examples_per_microbatch, memory_limit, per_device_batch_size
+from dpnb.training.feeding import InMemoryBatches, StreamedBatches, make_feed
 from dpnb.training.loss import make_loss
 from dpnb.training.optimizer import make_optimizer
 from dpnb.training.preconditions import check_noise
 from dpnb.training.seeds import initial_rngs, root_key, step_key
-from dpnb.training.sharding import AXIS, placed, put, rows, whole
-from dpnb.training.state import PyTree, Seen, State, Totals
+from dpnb.training.sharding import AXIS, batch_sharding, put, replicated, state_shardings
+from dpnb.training.state import Accumulator, BatchMetrics, PyTree, State
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Trainer:
     """The compiled pieces of one experiment on one data set; see `make_trainer`."""
 
     experiment: Experiment
-    sampler: sampling.Poisson | sampling.Shuffle
+    sampler: sampling.PoissonSampler | sampling.ShuffleSampler
     noise: GridNoise | None
     apply: Callable[[PyTree, jax.Array], jax.Array]
     grad: ClippedGrad
@@ -47,7 +47,7 @@ class Trainer:
     mesh: jax.sharding.Mesh
     places: State  # a sharding for each array of the state
     state: State  # before the first update
-    feed: Resident | Streamed  # of the training images
+    feed: InMemoryBatches | StreamedBatches  # of the training images
     physical_batch_size: int  # examples, over all devices
     zero: Callable  # () -> Totals
     accumulate: Callable  # (params, totals, images, labels, indices, mask, key) -> Totals
@@ -74,14 +74,14 @@ def make_trainer(
     """Compiles nothing yet, spends nothing yet: puts data and parameters on the devices.
 
     Args:
-      experiment: with `noise_multiplier` and `steps` known (see `dpnb.training.calibrated`).
+      experiment: with `noise_multiplier` and `steps` known (see `dpnb.training.calibrate`).
       data: uint8 images, which are copied to every device, or photographs, which are read as needed.
       seed: of sampling, augmentation, noise and initial parameters. Releases of two experiments
         must not share it (`train` derives one from the seed and the experiment).
       model: any NNX model of images [batch, h, w, c] -> logits (default: the experiment's).
       optimizer: any Optax transformation (default: SGD, without momentum in the paper).
       devices: default all devices of all processes, as a one-dimensional mesh.
-      physical_batch_size: examples per device and call; default `call_size(experiment)`.
+      physical_batch_size: examples per device and call; default `per_device_batch_size(experiment)`.
     Raises:
       ValueError: noise_multiplier is None (0 is no noise), or noise of a sum without a bound is asked for.
     """
@@ -96,8 +96,8 @@ def make_trainer(
     sigma, bits = experiment.noise_multiplier, None
     if sigma:
         bits = grid_bits(sigma, experiment.expected_batch_size)
-    physical = physical_batch_size or call_size(experiment)
-    micro = microbatch(experiment.augmult)
+    physical = physical_batch_size or per_device_batch_size(experiment)
+    micro = examples_per_microbatch(experiment.augmult)
     split = devices[0].platform == "cpu" and physical % micro == 0 and not experiment.on_features
     form, why = choose_form(params, physical, memory_limit(devices))
     if experiment.form != "auto":
@@ -112,12 +112,12 @@ def make_trainer(
         grid_bits=bits,
     )
     if experiment.sampler == "poisson":
-        sampler = sampling.Poisson(n, experiment.expected_batch_size / n, seed)
+        sampler = sampling.PoissonSampler(n, experiment.expected_batch_size / n, seed)
     else:
-        sampler = sampling.Shuffle(n, experiment.expected_batch_size, seed)
+        sampler = sampling.ShuffleSampler(n, experiment.expected_batch_size, seed)
     zero = jnp.zeros((), jnp.int32)
     state = State(zero, params, params, optimizer.init(params), root_key(seed))
-    places = placed(state, mesh, experiment.shard)._replace(key=whole(mesh))
+    places = state_shardings(state, mesh, experiment.shard)._replace(key=replicated(mesh))
     feed = make_feed(data, experiment.augmult, mesh)
     return Trainer(
         experiment=experiment,
@@ -155,17 +155,17 @@ def make_accumulate(
         examples = jax.vmap(make_views)(keys, images), jnp.maximum(labels, 0)
         gradient, info = grad(params, examples, mask & readable, mine.gradient)
         finite = jnp.isfinite(info.norms)
-        new = Seen(
+        new = BatchMetrics(
             examples=mask,
             loss=jnp.where(finite & jnp.isfinite(info.losses), info.losses, 0),
-            right=jnp.where(mask & readable, info.aux, 0),
+            correct=jnp.where(mask & readable, info.aux, 0),
             norm=jnp.where(finite, info.norms, 0),
             clipped=finite & (info.norms > grad.clip_norm),
             nonfinite=~finite,
             unreadable=mask & ~readable,
         )
         seen = jax.tree.map(lambda total, x: total + x.astype(jnp.float32).sum(), mine.seen, new)
-        return jax.tree.map(lambda t: t[None], Totals(gradient, seen))
+        return jax.tree.map(lambda t: t[None], Accumulator(gradient, seen))
 
     one, split = PartitionSpec(), PartitionSpec(AXIS)
     images = one if resident else split
@@ -189,7 +189,7 @@ def make_update(experiment: Experiment, unit: float, optimizer, mesh, places: St
       A function (state, totals, noise) -> (state, Seen); noise as `GridNoise` draws it, None for none.
     """
 
-    def update(state: State, totals: Totals, noise: PyTree) -> tuple[State, Seen]:
+    def update(state: State, totals: Accumulator, noise: PyTree) -> tuple[State, BatchMetrics]:
         total, seen = jax.tree.map(lambda t: t.sum(0, dtype=t.dtype), totals)
         total = jax.lax.with_sharding_constraint(total, places.params)
         noisy = total if noise is None else jax.tree.map(jnp.add, total, noise)  # exact, modulo 2^32
@@ -204,18 +204,20 @@ def make_update(experiment: Experiment, unit: float, optimizer, mesh, places: St
         return State(state.step + 1, params, ema, optimizer_state, state.key), seen
 
     # The state is not donated: an interrupted update leaves the state before it intact.
-    return jax.jit(update, out_shardings=(places, whole(mesh)))
+    return jax.jit(update, out_shardings=(places, replicated(mesh)))
 
 
-def make_zero(params: PyTree, mesh: jax.sharding.Mesh, dtype) -> Callable[[], Totals]:
+def make_zero(params: PyTree, mesh: jax.sharding.Mesh, dtype) -> Callable[[], Accumulator]:
     """Zeros for one logical batch, a partial sum on every device."""
     devices = mesh.devices.size
 
     def zero():
         gradient = jax.tree.map(lambda p: jnp.zeros((devices, *p.shape), dtype), params)
-        return Totals(gradient, Seen(*[jnp.zeros(devices, jnp.float32)] * len(Seen._fields)))
+        return Accumulator(
+            gradient, BatchMetrics(*[jnp.zeros(devices, jnp.float32)] * len(BatchMetrics._fields))
+        )
 
-    return jax.jit(zero, out_shardings=rows(mesh))
+    return jax.jit(zero, out_shardings=batch_sharding(mesh))
 
 
 def draw_noise(trainer: Trainer, step: int) -> PyTree:
@@ -223,7 +225,7 @@ def draw_noise(trainer: Trainer, step: int) -> PyTree:
     return trainer.noise and jax.tree.map(put, trainer.noise(step), trainer.places.params)
 
 
-def one_update(trainer: Trainer, state: State) -> tuple[State, Seen]:
+def one_update(trainer: Trainer, state: State) -> tuple[State, BatchMetrics]:
     """One private update on the examples that the sampler draws for this step."""
     step, key = int(state.step), step_key(state.key, state.step)
     totals = trainer.zero()
@@ -233,6 +235,6 @@ def one_update(trainer: Trainer, state: State) -> tuple[State, Seen]:
     return trainer.update(state, totals, noise)
 
 
-def inputs(trainer: Trainer, state: State, totals: Totals, indices, mask, key) -> tuple:
+def inputs(trainer: Trainer, state: State, totals: Accumulator, indices, mask, key) -> tuple:
     """The arguments of `trainer.accumulate` for these examples of a data set in memory."""
     return state.params, totals, *trainer.feed.batch(indices, mask), key

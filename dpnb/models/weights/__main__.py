@@ -10,7 +10,7 @@ import hashlib
 import pathlib
 import sys
 
-from dpnb.files import write_whole
+from dpnb.files import write_atomic
 from dpnb.models.weights.catalogue import OURS, WEIGHTS, converted, pack
 
 
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, KeyError, ValueError) as error:
         print(f"{options.published}: {error}", file=sys.stderr)
         return 2
-    write_whole(options.out, content)
+    write_atomic(options.out, content)
     print(f"{options.out}: SHA-256 {hashlib.sha256(content).hexdigest()}")
     return 0
 

@@ -16,7 +16,7 @@ from safetensors.numpy import load as parse
 from safetensors.numpy import save as serialised
 
 from dpnb.data import Dataset
-from dpnb.files import write_whole
+from dpnb.files import write_atomic
 from dpnb.models import nf_resnet, nfnet
 from dpnb.models.weights import conversion, unpickle
 from dpnb.models.weights.conversion import Arrays
@@ -154,7 +154,7 @@ def _content(name: str, cache: str | pathlib.Path) -> bytes:
     content = converted(published, name)
     _check(name, content, weights.sha256, weights.url)
     kept.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(kept, content)
+    write_atomic(kept, content)
     return content
 
 
