@@ -30,6 +30,18 @@ TABLES = {
     "finetune": "cifar*/finetune/*",
     "digits": "digits/*",
 }
+# The rows of the table in the README, (experiment, preset).
+README_ROWS = (
+    ("cifar10/wrn-16-4/eps8", "smoke"),
+    ("cifar10/wrn-16-4/eps8", "teach"),
+    ("cifar10/scatter-linear/eps1", "paper"),
+    ("cifar10/scatter-linear/eps3", "paper"),
+    ("cifar10/scatter-linear/eps8", "paper"),
+    ("cifar10/finetune/all/eps1", "teach"),
+    ("cifar10/finetune/classifier/eps1", "teach"),
+    ("cifar10/finetune/scratch/eps1", "teach"),
+    ("cifar10/finetune/textures-all/eps1", "teach"),
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,11 +51,20 @@ def main(arguments: list[str] | None = None) -> int:
     add = commands.add_parser("list", help="experiments, what the paper reports, and their status")
     add.add_argument("pattern", nargs="?", default="*", help="shell pattern, e.g. 'cifar10/*'")
     add.add_argument("--results", default="results", help="directory of records")
-    add = commands.add_parser("run", help="execute an experiment's notebook with papermill, or a sweep")
+    add = commands.add_parser(
+        "run",
+        help="execute an experiment's notebook with papermill, or a sweep",
+        epilog="hyper-parameters for --set KEY=VALUE, by group:\n\n" + experiments.describe_fields(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add.add_argument("name", help="as `dpnb list` shows it, or a shell pattern of several: a sweep")
     add.add_argument("--preset", choices=experiments.PRESETS, default="smoke")
     add.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a hyper-parameter"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a hyper-parameter (listed below)",
     )
     add.add_argument("--seed", type=int, default=0)
     add.add_argument("--seeds", type=int, metavar="N", help="seeds 0 ... N - 1 of each: a sweep")
@@ -59,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
     add.add_argument("--data-file", default="", help="prepared array file (.npz) instead of TFDS")
     add.add_argument("--data-note", default="", help="caveat about the data, copied into the record")
     add = commands.add_parser("table", help="paper | ours | difference")
-    add.add_argument("name", help="table, e.g. cifar10, or a shell pattern")
+    add.add_argument("name", help="cifar10, finetune, imagenet, digits, readme, or a shell pattern")
     add.add_argument("--results", default="results", help="directory of records")
     add.add_argument("--markdown", action="store_true")
     add.add_argument("--write", type=pathlib.Path, metavar="FILE", help="put it between FILE's table markers")
@@ -234,13 +255,17 @@ def table(options) -> int:
     from dpnb import results
 
     pattern = TABLES.get(options.name, options.name)
-    if not experiments.names(pattern):
+    if options.name != "readme" and not experiments.names(pattern):
         raise KeyError(f"no experiment matches {pattern!r}; see `dpnb list`")
     if not pathlib.Path(options.results).is_dir():
         print(f"dpnb: no directory {options.results}, so no run of ours is in the table", file=sys.stderr)
     with warnings.catch_warnings(record=True) as left_out:
         warnings.simplefilter("always")
-        frame = results.table(pattern, results.load(options.results))
+        records = results.load(options.results)
+        if options.name == "readme":
+            frame = results.excerpt(README_ROWS, records)
+        else:
+            frame = results.table(pattern, records)
     for why in dict.fromkeys(str(warning.message) for warning in left_out):
         print(f"dpnb: {why}", file=sys.stderr)
     if options.write:

@@ -9,16 +9,13 @@ import jax
 
 from dpnb import experiments, results, training
 from dpnb.data import Dataset
-from dpnb.experiments import Experiment
+from dpnb.experiments import Experiment, field_names
 from dpnb.models import weights
 from dpnb.results import release
 from dpnb.training import cost, features
 
 # Experiments that agree in these compile to the same program: one is timed for all.
-PROGRAM = (
-    "dataset", "network", "depth", "width", "norm", "standardised", "relu_first", "augmult", "compute_dtype",
-    "physical_batch_size", "pretrained", "trainable", "image_size", "form", "remat",
-)  # fmt: skip
+PROGRAM = ("dataset", "augmult", *field_names("model"), *field_names("performance"))
 
 
 @dataclasses.dataclass(frozen=True)

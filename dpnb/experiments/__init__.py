@@ -4,11 +4,9 @@ import difflib
 import fnmatch
 
 from dpnb.experiments import cifar10, digits, finetuning, imagenet, pretraining, studies
-from dpnb.experiments.experiment import Experiment
+from dpnb.experiments.experiment import GROUPS, Experiment, describe_fields, field_names
 
-__all__ = [
-    "PRESETS", "Experiment", "get", "names",
-]  # fmt: skip
+__all__ = ["GROUPS", "PRESETS", "Experiment", "describe_fields", "field_names", "get", "names"]
 
 PRESETS = ("smoke", "teach", "colab", "paper")
 _FAMILIES = (cifar10, studies, pretraining, finetuning, imagenet, digits)

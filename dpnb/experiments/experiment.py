@@ -5,14 +5,44 @@ import hashlib
 import json
 import math
 import re
+import textwrap
+from typing import Any
 
 from dpnb.models.registry import NETWORKS, find_network
 from dpnb.privacy import ACCOUNTANTS, DEFAULT_ACCOUNTANT, SAMPLERS, SMALLEST_CLIP_NORM, Mechanism
 
 FORMS = ("auto", "materialised", "two-pass")  # of the clipped gradient, see `dpnb.gradients.clipping`
 SCHEDULES = ("constant", "cosine")
-# Fields younger than the first records: at these values they leave an experiment what it was.
-LATER = {"schedule": "constant", "pretrained": "", "trainable": "all", "image_size": 0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """What the fields of a group decide; those of an `identity` group make an experiment another one."""
+
+    about: str
+    identity: bool
+
+
+GROUPS = {
+    "model": Group("the network, and what it begins with", True),
+    "privacy": Group("the mechanism and its budget", True),
+    "learning": Group("images, views and optimizer", True),
+    "performance": Group("how it is computed: the result is the same but for rounding", False),
+    "paper": Group("what the paper reports", False),
+    "run": Group("which run of the experiment, and what is shown of it", False),
+}
+
+
+def _field(group: str, about: str, default: Any = dataclasses.MISSING, *, since: int = 0) -> Any:
+    """A field of `Experiment`.
+
+    Args:
+      group: one of `GROUPS`, which decides whether it is part of the experiment's identity.
+      about: what it is, for documentation and the help of `dpnb run --set`.
+      since: 0 for the fields of the first records. Every field that is added afterwards takes the next number;
+        at its default it leaves all fingerprints as they were.
+    """
+    return dataclasses.field(default=default, metadata=dict(group=group, about=about, since=since))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,92 +51,105 @@ class Experiment:
 
     Exactly one of (`noise_multiplier`, `steps`, `epsilon`) may be None: it is calibrated
     from the other two, without overshoot. Unknown field names raise TypeError.
-
-    Attributes:
-      name: unique, e.g. "cifar10/wrn-16-4/eps8".
-      dataset: "cifar10", "cifar100", "digits", what a prepared array file holds, or with `image_size` any
-        set of photographs, as for `dpnb.data.load`.
-      network: "wrn", "scatter-linear" (a linear layer on fixed scattering features), "nf-resnet" or
-        "nf-resnet-timm" (timm's padding and shortcuts, for its weights), "nfnet-f0", "-f1" or "-f3".
-      depth, width: of the Wide-ResNet; of an NF-ResNet, its width being a multiple of the published one
-        (0.25 is narrow); of an NFNet the width alone.
-      image_size: 0 for small images in memory as they are; S for photographs that stay on disk and are
-        read when they are drawn: squares resized to 1.2 S, views of S x S pixels (paper: 224).
-      norm: "group" (16 groups) or "none".
-      standardised: weight standardisation of all convolutions.
-      relu_first: ReLU before the norm, as in the paper; False is the classic order.
-      pretrained: public weights to begin with, a name or path as for `dpnb.models.weights.load`; the
-        classifier begins anew.  "" for none.
-      trainable: "all", "classifier" (the last layer, on features that are computed once), or "last-k":
-        the last k residual blocks and what follows them.
-      epsilon, delta: the budget, under add-or-remove-one; epsilon = inf for none.
-      noise_multiplier: sigma, noise standard deviation / sensitivity.
-      steps: number of updates.
-      expected_batch_size: B; every example enters with probability q = B / N.
-      augmult: K, augmented views per example; 0 is the plain image.
-      clip_norm: C; the update is divided by C, so that learning_rate does not depend on it.
-      learning_rate, momentum: of SGD; the paper uses no momentum.
-      schedule: of the learning rate over the updates: "constant" (the paper), or "cosine" down to zero.
-      ema_decay: upper limit of the averaging coefficient min(ema_decay, (1 + t) / (10 + t)).
-      sampler: "poisson" (exact) or "shuffle" (as the paper ran; its epsilon is nominal).
-      accountant: a name in `dpnb.privacy.ACCOUNTANTS`, used for calibration; results state the epsilons of all.
-      validation: hold out this many training images and report on them, for tuning.
-      compute_dtype: "float32" or "bfloat16"; clipping, sums and noise are float32 always.
-      seed: of everything random. None draws a secret one, which no record shows.
-      physical_batch_size: examples per device and call; None fits it to the memory.
-      form: of the clipped-gradient core, see `dpnb.gradients.clipping`; "auto" decides by memory. The result
-        is the same but for rounding.
-      remat: recompute residual blocks in the backward pass (NF-ResNets, NFNets): less memory, more time.
-      shard: divide parameters, averages, optimizer and noise over the devices, where a copy on each does
-        not fit; the result is the same.
-      eval_every: updates between points of the curve; 0 evaluates only at the end.
-      eval_examples: evaluation images for the curve (the end always uses all of them).
-      preset: the scale of the run (smoke, teach, colab, paper).
-      data_note: caveat about the data, copied into the record.
-      paper_mean, paper_std: test accuracy in percent in the paper, None where unknown.
-      paper_source: where the number stands, and whether it is verified.
-      impossible: why nobody outside can run it, and what takes its place; "" if anybody can.
     """
 
-    name: str
-    dataset: str = "cifar10"
-    network: str = "wrn"
-    depth: int = 16
-    width: int = 4
-    norm: str = "group"
-    standardised: bool = True
-    relu_first: bool = True
-    pretrained: str = ""
-    trainable: str = "all"
-    image_size: int = 0
-    epsilon: float | None = 8.0
-    delta: float = 1e-5
-    noise_multiplier: float | None = None
-    steps: int | None = 1000
-    expected_batch_size: int = 4096
-    augmult: int = 16
-    clip_norm: float = 1.0
-    learning_rate: float = 2.0
-    momentum: float = 0.0
-    schedule: str = "constant"
-    ema_decay: float = 0.9999
-    sampler: str = "poisson"
-    accountant: str = DEFAULT_ACCOUNTANT
-    validation: int = 0
-    compute_dtype: str = "float32"
-    seed: int | None = 0
-    physical_batch_size: int | None = None
-    form: str = "auto"
-    remat: bool = False
-    shard: bool = False
-    eval_every: int = 100
-    eval_examples: int = 10_000
-    preset: str = "paper"
-    data_note: str = ""
-    paper_mean: float | None = None
-    paper_std: float | None = None
-    paper_source: str = ""
-    impossible: str = ""
+    # Names of fields never change: records are matched by them.
+    name: str = _field("run", 'unique, e.g. "cifar10/wrn-16-4/eps8"')
+    dataset: str = _field(
+        "learning",
+        '"cifar10", "cifar100", "digits", what an array file holds, or with image_size any set of photographs',
+        "cifar10",
+    )
+    network: str = _field("model", "a name in `dpnb.models.NETWORKS`", "wrn")
+    depth: int = _field("model", "of a Wide-ResNet or NF-ResNet", 16)
+    width: float = _field(
+        "model", "of a Wide-ResNet; else a multiple of the published one (0.25 is narrow)", 4
+    )
+    norm: str = _field("model", '"group" (16 groups) or "none"', "group")
+    standardised: bool = _field("model", "weight standardisation of all convolutions", True)
+    relu_first: bool = _field(
+        "model", "ReLU before the norm, as in the paper; False is the classic order", True
+    )
+    pretrained: str = _field(
+        "model",
+        'public weights to begin with, a name or path as for `dpnb.models.weights.load`, "" for none; the classifier '
+        "begins anew",
+        "",
+        since=2,
+    )
+    trainable: str = _field(
+        "model",
+        '"all", "classifier" (the last layer, on features that are computed once), or "last-k": the last k residual '
+        "blocks and what follows them",
+        "all",
+        since=2,
+    )
+    image_size: int = _field(
+        "model",
+        "0 for small images in memory as they are; S for photographs on disk: squares resized to 1.2 S, views of "
+        "S x S pixels (paper: 224)",
+        0,
+        since=3,
+    )
+    epsilon: float | None = _field("privacy", "of the budget, under add-or-remove-one; inf for none", 8.0)
+    delta: float = _field("privacy", "of the budget; well below one in the number of training images", 1e-5)
+    noise_multiplier: float | None = _field("privacy", "sigma, noise standard deviation / sensitivity", None)
+    steps: int | None = _field("privacy", "T, number of updates", 1000)
+    expected_batch_size: int = _field("privacy", "B; every example enters with probability q = B / N", 4096)
+    augmult: int = _field("learning", "K, augmented views per example; 0 is the plain image", 16)
+    clip_norm: float = _field(
+        "privacy", "C; the update is divided by C, so that learning_rate does not depend on it", 1.0
+    )
+    learning_rate: float = _field("learning", "of SGD", 2.0)
+    momentum: float = _field("learning", "of SGD; the paper uses none", 0.0)
+    schedule: str = _field(
+        "learning",
+        'of the learning rate: "constant" (the paper), or "cosine" down to zero',
+        "constant",
+        since=1,
+    )
+    ema_decay: float = _field(
+        "learning", "upper limit of the averaging coefficient min(ema_decay, (1 + t) / (10 + t))", 0.9999
+    )
+    sampler: str = _field(
+        "privacy", '"poisson" (exact) or "shuffle" (as the paper ran; epsilon is nominal)', "poisson"
+    )
+    accountant: str = _field(
+        "privacy",
+        "used for calibration, a name in `dpnb.privacy.ACCOUNTANTS`; results state the epsilons of all",
+        DEFAULT_ACCOUNTANT,
+    )
+    validation: int = _field("learning", "training images to hold out and report on, for tuning", 0)
+    compute_dtype: str = _field(
+        "model", '"float32" or "bfloat16"; clipping, sums and noise are never in half precision', "float32"
+    )
+    seed: int | None = _field(
+        "run", "of everything random; None draws a secret one, which no record shows", 0
+    )
+    physical_batch_size: int | None = _field(
+        "performance", "examples per device and call; None fits the memory", None
+    )
+    form: str = _field(
+        "performance", "of the clipped gradient, see `dpnb.gradients.clipping`; auto: by memory", "auto"
+    )
+    remat: bool = _field(
+        "performance", "recompute residual blocks in the backward pass: less memory, more time", False
+    )
+    shard: bool = _field(
+        "performance", "divide parameters, averages, optimizer and noise over the devices", False
+    )
+    eval_every: int = _field("run", "updates between points of the curve; 0 evaluates only at the end", 100)
+    eval_examples: int = _field(
+        "run", "evaluation images for the curve (the end always uses all of them)", 10_000
+    )
+    preset: str = _field("run", "the scale of the run (smoke, teach, colab, paper)", "paper")
+    data_note: str = _field("run", "caveat about the data, copied into the record", "")
+    paper_mean: float | None = _field("paper", "test accuracy in percent, None if unknown", None)
+    paper_std: float | None = _field("paper", "its standard deviation over runs, None if unknown", None)
+    paper_source: str = _field("paper", "where the number stands, and whether it is verified", "")
+    impossible: str = _field(
+        "paper", 'why nobody outside can run it, and what takes its place; "" if anybody can', ""
+    )
 
     def __post_init__(self):
         object.__setattr__(self, "pretrained", str(self.pretrained))  # a path may come as one
@@ -192,23 +235,39 @@ class Experiment:
     def fingerprint(self, **more) -> str:
         """SHA-256 of everything here (and `more`) that determines the released parameters.
 
-        Rounding apart: the physical batch size may differ where another machine goes on.
+        It does not tell rounding: the physical batch size may differ if another machine goes on. A field that was
+        added after the first records counts once it is not at its default.
         """
-        fields = {k: v for k, v in self.identity_fields().items() if k not in LATER or v != LATER[k]}
+        later = {f.name: f.default for f in dataclasses.fields(self) if f.metadata["since"]}
+        fields = {k: v for k, v in self.identity_fields().items() if k not in later or v != later[k]}
         text = json.dumps({**fields, **more}, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def identity_fields(self) -> dict:
-        """The fields that make it another experiment; the seed, and what is only shown, left out."""
-        presentation = {"name", "preset", "data_note", "paper_mean", "paper_std", "paper_source"}
-        presentation |= {
-            "eval_every",
-            "eval_examples",
-            "seed",
-            "physical_batch_size",
-            "form",
-            "remat",
-            "shard",
-            "impossible",
-        }
-        return {k: v for k, v in dataclasses.asdict(self).items() if k not in presentation}
+    def identity_fields(self) -> dict[str, Any]:
+        """The fields that make it another experiment: those of the `GROUPS` that say so."""
+        identity = {f.name for f in dataclasses.fields(self) if GROUPS[f.metadata["group"]].identity}
+        return {k: v for k, v in dataclasses.asdict(self).items() if k in identity}
+
+
+def field_names(group: str) -> tuple[str, ...]:
+    """The fields of one of `GROUPS`, in order.
+
+    >>> field_names("performance")
+    ('physical_batch_size', 'form', 'remat', 'shard')
+    """
+    return tuple(f.name for f in dataclasses.fields(Experiment) if f.metadata["group"] == group)
+
+
+def describe_fields() -> str:
+    """All fields, their defaults and what they are, group by group."""
+    lines = []
+    for name, group in GROUPS.items():
+        lines.append(f"{name}: {group.about}")
+        for f in dataclasses.fields(Experiment):
+            if f.metadata["group"] == name:
+                default = "" if f.default is dataclasses.MISSING else f" = {f.default!r}"
+                lines.append(f"  {f.name}{default}: {f.metadata['about']}")
+    return "\n".join(lines)
+
+
+Experiment.__doc__ += "\n    Fields, by group:\n\n" + textwrap.indent(describe_fields(), "    ") + "\n"

@@ -19,6 +19,7 @@ from dpnb.results.studies import (
     tidy,
 )
 from dpnb.results.tables import (
+    excerpt,
     insert,
     markdown,
     possibility,
@@ -31,7 +32,7 @@ from dpnb.results.tables import (
 )
 
 __all__ = [
-    "Difference", "LeftOut", "counts", "difference", "differences", "finite", "flatten", "insert", "load",
+    "Difference", "LeftOut", "counts", "difference", "differences", "excerpt", "finite", "flatten", "insert", "load",
     "markdown", "matching_records", "one_per_seed", "possibility", "published", "recompute_epsilon", "record",
     "row", "runs_of_cell", "save", "scale", "series", "spent", "spread", "statement", "status", "study", "summary",
     "table", "tidy", "verdict",

@@ -1,5 +1,6 @@
 """The tables "paper | ours | difference", and what a row may say of itself."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,23 @@ def table(pattern: str, results: list[dict[str, Any]]):
         "status",
     ]
     return pandas.DataFrame(rows, columns=columns, dtype=object).fillna("-")  # counts stay whole
+
+
+def excerpt(rows: Sequence[tuple[str, str]], results: list[dict[str, Any]]):
+    """Some rows of `table`, (experiment, preset), with the columns that fit a short page.
+
+    Raises:
+      ValueError: there is no record for one of them.
+    """
+    import pandas
+
+    frames = [table(name, results) for name in dict.fromkeys(name for name, _ in rows)]
+    whole = pandas.concat(frames).set_index(["experiment", "preset"], drop=False)
+    missing = [row for row in rows if row not in whole.index or whole.loc[row, "n"] == "-"]
+    if missing:
+        raise ValueError(f"an excerpt shows rows with runs behind them, got none for {missing}")
+    columns = ["experiment", "epsilon", "preset", "paper", "ours", "n", "status"]
+    return whole.loc[list(rows), columns].reset_index(drop=True)
 
 
 def _say_changed(records: list[dict[str, Any]]) -> None:
