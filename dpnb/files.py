@@ -1,7 +1,10 @@
 """Small files that are whole or not there, and the folder of what is not to be published."""
 
+import contextlib
 import os
 import pathlib
+from collections.abc import Iterator
+from typing import BinaryIO
 
 
 def write_atomic(path: pathlib.Path, content: str | bytes, mode: int = 0o666) -> None:
@@ -12,14 +15,31 @@ def write_atomic(path: pathlib.Path, content: str | bytes, mode: int = 0o666) ->
       content: text, or bytes as they are.
       mode: permissions of the file from its creation on (less the umask).
     """
+    with atomic_file(path, mode) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def atomic_file(path: pathlib.Path, mode: int = 0o666) -> Iterator[BinaryIO]:
+    """A binary file beside `path` that takes its place when the block ends, synced to disk.
+
+    After an error `path` is as it was, and nothing is left beside it; so it is, but for the partial file, if the
+    process dies.
+
+    Args:
+      path, mode: as in `write_atomic`.
+    """
     partial = path.with_name(path.name + ".partial")
     partial.unlink(missing_ok=True)
     partial.touch(mode=mode)
-    with partial.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 

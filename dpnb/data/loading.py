@@ -1,7 +1,6 @@
 """Loads a data set by name: through TFDS, from an array file, or made here (digits, textures)."""
 
 import dataclasses
-import os
 import pathlib
 import zipfile
 
@@ -9,6 +8,7 @@ import numpy as np
 
 from dpnb.data.dataset import CIFAR10_CLASSES, CLASSES, INSTALL, DataError, Dataset, Split
 from dpnb.data.tfds import command, prepared
+from dpnb.files import atomic_file
 
 
 def load(
@@ -62,20 +62,13 @@ def save(dataset: Dataset, path) -> None:
     """Write an array file for `load(name, file=path)`; a crash leaves no half file behind."""
     path = pathlib.Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as out:
-            np.savez(
-                out,
-                train_images=dataset.train.images, train_labels=dataset.train.labels,
-                test_images=dataset.test.images, test_labels=dataset.test.labels,
-                classes=np.array(dataset.classes), note=np.array(dataset.note),
-            )  # fmt: skip
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_file(path) as out:
+        np.savez(
+            out,
+            train_images=dataset.train.images, train_labels=dataset.train.labels,
+            test_images=dataset.test.images, test_labels=dataset.test.labels,
+            classes=np.array(dataset.classes), note=np.array(dataset.note),
+        )  # fmt: skip
 
 
 def _load_file(name: str, path: pathlib.Path) -> Dataset:

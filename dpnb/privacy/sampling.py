@@ -6,10 +6,20 @@ of a distributed run draws the same set and takes its own part of it.
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Protocol
 
 import numpy as np
 
 from dpnb.privacy.randomness import random_bytes
+
+
+class Sampler(Protocol):
+    """Which examples are in which update: a pure function of (seed, step)."""
+
+    seed: int
+
+    def indices(self, step: int) -> np.ndarray:
+        """The examples of update `step`, int32 [size]."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -12,6 +13,27 @@ from dpnb.data.photographs import Photographs
 from dpnb.data.sources import name_unreadable
 from dpnb.privacy import sampling
 from dpnb.training.sharding import batch_sharding, put, replicated
+
+
+class Feed(Protocol):
+    """Where the training images are, and how they come to the devices.
+
+    A trainer owns one feed and one sampler. The feed borrows the sampler for a call of `batches`: reading ahead has
+    to know which examples the next updates will draw.
+    """
+
+    resident: bool  # whether the whole data set lies on every device, and a batch is indices into it
+
+    def batches(self, sampler: sampling.Sampler, step: int, size: int) -> Iterator[tuple]:
+        """(images, labels, indices, mask) of every physical batch of update `step`, for `Trainer.accumulate`.
+
+        Args:
+          sampler: which examples are in which update.
+          size: examples in a physical batch, over all devices.
+        """
+
+    def blank(self, size: int) -> tuple:
+        """A physical batch of padding alone."""
 
 
 class InMemoryBatches:
@@ -26,7 +48,7 @@ class InMemoryBatches:
         self.mesh = mesh
         self.images, self.labels = (put(x, replicated(mesh)) for x in (split.images, split.labels))
 
-    def batches(self, sampler, step: int, size: int) -> Iterator[tuple]:
+    def batches(self, sampler: sampling.Sampler, step: int, size: int) -> Iterator[tuple]:
         """(images, labels, indices, mask) of every physical batch of update `step`, for `accumulate`."""
         for indices, mask in sampling.physical_batches(sampler.indices(step), size):
             yield self.batch(indices, mask)
@@ -52,7 +74,7 @@ class StreamedBatches:
     def __post_init__(self):
         self.prefetched, self.next_call, self.lookahead, self.named = None, None, None, set()
 
-    def batches(self, sampler, step: int, size: int) -> Iterator[tuple]:
+    def batches(self, sampler: sampling.Sampler, step: int, size: int) -> Iterator[tuple]:
         """(images, labels, indices, mask) of every physical batch of update `step`, for `accumulate`.
 
         Images that cannot be read are named in a warning, once, and come with the label -1.
@@ -94,7 +116,7 @@ class StreamedBatches:
         return slice(mine[0][0], mine[-1][1])
 
 
-def make_feed(data: Dataset, augmult: int, mesh: Mesh) -> InMemoryBatches | StreamedBatches:
+def make_feed(data: Dataset, augmult: int, mesh: Mesh) -> Feed:
     """The training images of a data set, in the way that suits them."""
     if not isinstance(data.train, Photographs):
         return InMemoryBatches(data.train, mesh)

@@ -25,7 +25,7 @@ from dpnb.models.registry import make_model
 from dpnb.privacy import sampling
 from dpnb.privacy.noise import GridNoise, grid_bits
 from dpnb.training.devices import examples_per_microbatch, memory_limit, per_device_batch_size
-from dpnb.training.feeding import InMemoryBatches, StreamedBatches, make_feed
+from dpnb.training.feeding import Feed, make_feed
 from dpnb.training.loss import make_loss
 from dpnb.training.optimizer import make_optimizer
 from dpnb.training.preconditions import check_noise
@@ -39,7 +39,7 @@ class Trainer:
     """The compiled pieces of one experiment on one data set; see `make_trainer`."""
 
     experiment: Experiment
-    sampler: sampling.PoissonSampler | sampling.ShuffleSampler
+    sampler: sampling.Sampler  # which examples are in which update
     noise: GridNoise | None
     apply: Callable[[PyTree, jax.Array], jax.Array]
     grad: ClippedGrad
@@ -47,7 +47,7 @@ class Trainer:
     mesh: jax.sharding.Mesh
     places: State  # a sharding for each array of the state
     state: State  # before the first update
-    feed: InMemoryBatches | StreamedBatches  # of the training images
+    feed: Feed  # of the training images; it borrows the sampler
     physical_batch_size: int  # examples, over all devices
     zero: Callable  # () -> Totals
     accumulate: Callable  # (params, totals, images, labels, indices, mask, key) -> Totals
