@@ -1,22 +1,23 @@
 """An empirical audit: attacks on the trainer that makes the tables, and what they prove about epsilon.
 
-An accountant says that epsilon is at most so much, if the code does what it says. An audit says that it
-is at least so much, whatever the code says. A lower bound above the stated epsilon is a bug.
-Plant canaries and train with and without them: `two_worlds` (one canary, many short runs) or `one_run` (one
-run, many canaries, each in by a coin of its own). Score how far the parameters moved along their gradients.
-Bound epsilon from the scores: `two_worlds_bound` (Clopper-Pearson) or `one_run_bound` (binomial tail).
+An accountant gives an upper bound on epsilon that holds if the code does what it says. An audit gives a lower
+bound, whatever the code says; a lower bound above the stated epsilon reveals a bug.
+Plant canaries and train with and without them, with `two_worlds` (one canary, many short runs) or `one_run`
+(one run, many canaries, each included by its own coin flip). Score how far the parameters moved along their
+gradients. Bound epsilon from the scores with `two_worlds_bound` (Clopper-Pearson) or `one_run_bound`
+(binomial tail).
 
 Formal guarantee of both bounds: if the trainer is (epsilon, delta)-differentially private under adding or
 removing one example, the bound exceeds epsilon with probability 1 - confidence at most, however the scores
-were made. Not the converse: an attack that finds little, or nothing, shows nothing. It may be a weak attack, or too
-few runs: a bound says how much it could have shown at `most`, and where that is less than the stated epsilon, no
-fault at all would be seen (`Bound.verdict`). Nor does the audit see noise that is left out on one leaf, a clip after
-the sum, a batch that is always the same or a draw that is cut short, where the canary does not look:
-`dpnb.training.checks` looks there. `reachable_values` attacks the arithmetic of the noise itself.
+were made. The converse does not hold: an attack that finds little or nothing shows nothing. It may be weak,
+or have too few runs: a bound says how much it could have shown at `most`, and if that is below the stated
+epsilon, no fault at all would be seen (`Bound.verdict`). Nor does the audit see noise that is missing in one
+leaf, a clip after the sum, a batch that is always the same or a draw that is cut short, if the canary is not
+affected; `dpnb.training.checks` looks for these. `reachable_values` attacks the arithmetic of the noise.
 The bounds are a page of SciPy; jax-privacy 2.0 has them too, but brings pydantic, chex and a second trainer.
 References: Nasr et al. 2021 (arXiv 2101.04535) for two worlds; Steinke, Nasr and Jagielski 2023, Privacy
-auditing with one (1) training run (arXiv 2305.08846); Mironov 2012, On significance of the least significant bits
-for differential privacy (doi 10.1145/2382196.2382264).
+auditing with one (1) training run (arXiv 2305.08846); Mironov 2012, On significance of the least significant
+bits for differential privacy (doi 10.1145/2382196.2382264).
 """
 
 import bisect
@@ -32,14 +33,15 @@ from dpnb.privacy.sampling import PoissonSampler, ShuffleSampler, physical_batch
 from dpnb.training import seeds, update
 from dpnb.training.update import Trainer
 
-CHUNK = 500  # runs side by side
+CHUNK = 500  # runs that are computed side by side
 
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """epsilon (>= 0) is a lower bound at `delta`, but for a chance of 1 - confidence.
+    """A lower bound `epsilon` (>= 0) at `delta`, wrong with probability 1 - confidence at most.
 
-    found: the counts; most: the bound if every guess had been right, which so many runs or guesses cannot exceed.
+    found: the counts behind it.
+    most: the bound if every guess had been right, which this number of runs or guesses cannot exceed.
     """
 
     epsilon: float
@@ -54,7 +56,7 @@ class Bound:
         return f"epsilon >= {self.epsilon:.3f} at {at} ({self.found}{reach})"
 
     def verdict(self, stated: float) -> str:
-        """What this says about a stated epsilon, also where it can say nothing."""
+        """Says what this means for a stated epsilon, or that it cannot tell."""
         if self.epsilon > stated:
             return f"broken: epsilon is above the stated {stated:.3f}, but for a chance of {1 - self.confidence:.2g}"
         if self.most <= stated:
@@ -67,9 +69,9 @@ class Bound:
 
 @dataclasses.dataclass(frozen=True)
 class ExcludingSampler:
-    """A sampler that never draws the examples `excluded` (positions), and all others as `sampler` does.
+    """A sampler that never draws the examples `excluded` (positions), and draws all others as `sampler` does.
 
-    Under Poisson sampling that is the run on the data set without them, to the bit. Under shuffling their
+    Under Poisson sampling this is the run on the data set without them, to the bit. Under shuffling their
     places stay empty: the neighbouring relation is then to replace an example by nothing.
     """
 
@@ -77,12 +79,13 @@ class ExcludingSampler:
     excluded: Sequence[int]
 
     def indices(self, step: int) -> np.ndarray:
+        """The examples of update `step` without the excluded ones, int32 [size]."""
         drawn = self.sampler.indices(step)
         return drawn[~np.isin(drawn, self.excluded)]
 
 
 def canary_gradient(trainer: Trainer, canary: int) -> np.ndarray:
-    """What an example adds to a sum at the first parameters: its clipped gradient, float32 [parameters]."""
+    """Returns what an example adds to a sum at the first parameters: its clipped gradient, [parameters]."""
     key = seeds.step_key(trainer.state.key, 0)
     ((part, mask),) = physical_batches(np.array([canary]), trainer.physical_batch_size)
     totals = trainer.accumulate(*update.inputs(trainer, trainer.state, trainer.zero(), part, mask, key))
@@ -92,12 +95,13 @@ def canary_gradient(trainer: Trainer, canary: int) -> np.ndarray:
 
 
 def parameter_deltas(trainer: Trainer, steps: int, seed: int, excluded: Sequence[int] = ()) -> np.ndarray:
-    """One run from the trainer's first state, by `dpnb.training.update.one_update`: all that an attacker can see.
+    """Makes one run from the trainer's first state, by `one_update`; returns all that an attacker can see.
 
     Args:
       trainer: from `dpnb.training.update.make_trainer`, or one that was broken on purpose.
-      steps, seed: number of updates; seed of the sampling, the augmentation and the noise.
-      excluded: positions of the training examples that this run goes without.
+      steps: number of updates.
+      seed: of the sampling, the augmentation and the noise.
+      excluded: positions of the training examples that this run does without.
     Returns:
       float32 [steps, parameters]: parameters before minus after each update, all leaves in one row.
     """
@@ -114,17 +118,21 @@ def parameter_deltas(trainer: Trainer, steps: int, seed: int, excluded: Sequence
 def two_worlds(
     trainer: Trainer, canary: int, runs: int, steps: int = 1, seed: int = 1, score: Callable | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Attacks `runs` runs without one example and as many with it, all with seeds of their own.
+    """Attacks `runs` runs without one example and as many with it, each with its own seed.
 
-    They are the runs of `parameter_deltas`, side by side: thousands a second where data and model are tiny.
+    They are the runs of `parameter_deltas`, side by side: thousands a second if data and model are tiny.
 
     Args:
       trainer: see `parameter_deltas`; one physical batch must hold all its training examples, in memory.
-      canary: position of the example. The strongest has a large gradient, unlike all others.
-      score: float32 [runs, steps, parameters] (see `parameter_deltas`) -> [runs], higher where the canary seems
-        to be in, or [runs, ...], several scores; None for the way along the canary's gradient, in all.
+      canary: position of the example. The strongest one has a large gradient, unlike all others.
+      runs, steps: number of runs in each world, and of updates in each run.
+      seed: the first seed; later runs have those after it.
+      score: float32 [runs, steps, parameters] (see `parameter_deltas`) -> [runs], higher if the canary seems
+        to be in, or [runs, ...], several scores. None scores the total movement along the canary's gradient.
     Returns:
       (without, with), float64 [runs] each (or [runs, ...]), for `two_worlds_bound`.
+    Raises:
+      ValueError: the examples do not fit in one physical batch in memory.
     """
     n, size = trainer.sampler.n, trainer.physical_batch_size
     if n > size or not trainer.feed.resident:
@@ -141,11 +149,11 @@ def two_worlds(
     together = jax.jit(jax.vmap(one, (0, None, 0, 0)))
     indices, found = np.arange(size, dtype=np.int32) % n, []
     for start in range(0, 2 * runs, CHUNK):
-        seeds = range(seed + start, seed + start + CHUNK)
-        samplers = [dataclasses.replace(trainer.sampler, seed=s) for s in seeds]
-        noises = [trainer.noise and dataclasses.replace(trainer.noise, seed=s) for s in seeds]
+        numbers = range(seed + start, seed + start + CHUNK)
+        samplers = [dataclasses.replace(trainer.sampler, seed=s) for s in numbers]
+        noises = [trainer.noise and dataclasses.replace(trainer.noise, seed=s) for s in numbers]
         state = jax.tree.map(lambda x: np.broadcast_to(x, (CHUNK, *x.shape)), trainer.state)
-        state = state._replace(key=np.stack([seeds.root_key(s) for s in seeds]))
+        state = state._replace(key=np.stack([seeds.root_key(s) for s in numbers]))
         seen = [_flat(state.params, CHUNK)]
         for step in range(steps):
             masks = np.zeros((CHUNK, size), bool)
@@ -161,16 +169,17 @@ def two_worlds(
 
 
 def two_worlds_bound(without, with_, *, delta: float, confidence: float = 0.99) -> Bound:
-    """A lower bound of epsilon from the scores of independent runs in two neighbouring worlds.
+    """Bounds epsilon from below by the scores of independent runs in two neighbouring worlds.
 
     Under (epsilon, delta)-privacy, true positive rate <= e^epsilon * false positive rate + delta, for every
-    rule of guessing and whichever world is the positive one. The first half of the runs chooses both; the
-    second half counts, and log((true - delta) / false) is taken at the Clopper-Pearson bounds of the two
+    guessing rule and whichever world is the positive one. The first half of the runs chooses both. The
+    second half is counted, and log((true - delta) / false) is taken at the Clopper-Pearson bounds of the two
     rates, each of confidence (1 + confidence) / 2.
 
     Args:
       without, with_: float, in the order of the runs, at least 4 of each.
-      delta, confidence: in [0, 1), at which epsilon is bounded; in (0, 1).
+      delta: in [0, 1), at which epsilon is bounded.
+      confidence: in (0, 1).
     Raises:
       ValueError: NaN among the scores, too few of them, or an argument out of its range.
     """
@@ -191,7 +200,7 @@ def two_worlds_bound(without, with_, *, delta: float, confidence: float = 0.99) 
 
 
 def reach(runs: int, delta: float, confidence: float = 0.99) -> float:
-    """The largest epsilon that `two_worlds_bound` can show with so many runs in each world, if each is told apart.
+    """Returns the largest epsilon that `two_worlds_bound` can show with `runs` in each world, all told apart.
 
     >>> round(reach(3000, 1e-2), 2)
     5.63
@@ -200,7 +209,7 @@ def reach(runs: int, delta: float, confidence: float = 0.99) -> float:
 
 
 def runs_needed(epsilon: float, delta: float, confidence: float = 0.99) -> int:
-    """Runs in each world from which on `two_worlds_bound` can exceed epsilon, if the attack is perfect.
+    """Returns the runs in each world that `two_worlds_bound` needs to exceed epsilon with a perfect attack.
 
     >>> runs_needed(3.0, 1e-5)
     219
@@ -212,13 +221,13 @@ def runs_needed(epsilon: float, delta: float, confidence: float = 0.99) -> int:
 
 
 def _perfect(runs: int, delta: float, confidence: float) -> float:
-    """The bound where so many are counted in each world, and all are right."""
+    """Returns the bound if `runs` are counted in each world, and all guesses are right."""
     (value,), *_ = _rates(np.zeros(runs), np.ones(runs), np.ones(1), delta, confidence)
     return max(0.0, float(value))
 
 
 def _rates(low, high, thresholds, delta, confidence):
-    """(bounds of epsilon, false positives, true positives) of guessing "high" from each threshold on."""
+    """Returns (bounds of epsilon, false positives, true positives) of guessing "high" from each threshold."""
     miss = (1 - confidence) / 2
     false, true = (len(s) - np.searchsorted(np.sort(s), thresholds) for s in (low, high))
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -234,20 +243,21 @@ def reachable_values(
     learned: int = 2**22,
     seed: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Attacks the arithmetic of any noise: which values can it reach from one total, and not from the other?
+    """Attacks the arithmetic of any noise: which values can it reach from one total, but not from the other?
 
-    A generator of floats has finitely many values, few of them far out, and a float sum keeps the low bits of
-    what is added: seen there, the total is told apart whatever the scale of the noise is (Mironov 2012). Nothing is
-    known of the noise in advance. Its values are learned from draws of other seeds; the values among the 1 % furthest
-    out which were seen in one world alone are looked for in the runs.
+    A generator of floats has finitely many values, few of them in the tails, and a float sum keeps the low
+    bits of what is added. In the tails these tell the totals apart, whatever the scale of the noise (Mironov
+    2012). Nothing need be known about the noise. Its values are learned from draws with other seeds, and
+    those of the outermost 1 % that were seen in one world only are then looked for in the runs.
 
     Args:
-      noise: (total, seed) -> what is released, [n] each: a noisy sum, or parameters after an update; it treats all
-        coordinates alike.
+      noise: (total, seed) -> what is released, [n] each: a noisy sum, or parameters after an update; it
+        treats all coordinates alike.
       shift: float32 [n], what one example adds, the same in each coordinate: sensitivity / sqrt(n).
-      runs: in each world, with the seeds from `seed` on.
-      learned: numbers that are drawn in each world before, with later seeds. A quarter of the generator's own
-        values is enough (float32 from JAX has 2^23); generators of many more are beyond this attack.
+      runs: number of runs in each world.
+      learned: how many numbers to draw in each world before. A quarter of the generator's own values is
+        enough (float32 from JAX has 2^23); generators of many more are beyond this attack.
+      seed: the first seed of the runs; the draws before use later ones.
     Returns:
       (without, with), float64 [runs] each, for `two_worlds_bound`.
     """
@@ -276,12 +286,13 @@ def reachable_values(
 
 
 def one_run(trainer: Trainer, canaries, steps: int, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Trains once, every canary in or out by a fair coin of its own, and scores all of them.
+    """Trains once, with each canary in or out by its own fair coin flip, and scores all of them.
 
     Args:
-      canaries: int [m], positions in the training set; strong are large gradients, orthogonal to each other.
+      trainer, steps, seed: as for `parameter_deltas`.
+      canaries: int [m], positions in the training set; strong ones have large, mutually orthogonal gradients.
     Returns:
-      (included bool [m], scores float64 [m], the ways along their gradients), for `one_run_bound`.
+      (included bool [m], scores float64 [m]), for `one_run_bound`; scores are movements along the gradients.
     """
     canaries = np.asarray(canaries)
     included = np.random.default_rng([seed, 0x636F696E]).random(len(canaries)) < 0.5
@@ -291,18 +302,21 @@ def one_run(trainer: Trainer, canaries, steps: int, seed: int = 1) -> tuple[np.n
 
 
 def one_run_bound(included, scores, *, high: int, low: int = 0, delta, confidence: float = 0.99) -> Bound:
-    """A lower bound of epsilon from one run with m canaries, each of them in by a fair coin of its own.
+    """Bounds epsilon from below by one run with m canaries, each of them in by its own fair coin flip.
 
-    Guesses "in" for the `high` canaries of the highest scores, "out" for the `low` ones of the lowest, and
-    abstains from the rest. Bound: the epsilon at which so many right guesses have `p_value` 1 - confidence.
+    It guesses "in" for the `high` canaries of the highest scores, "out" for the `low` ones of the lowest, and
+    abstains from the rest. The bound is the epsilon at which the number of right guesses has `p_value`
+    1 - confidence.
 
     Args:
-      included, scores: bool [m]; float [m], made without looking at `included`.
+      included: bool [m].
+      scores: float [m], made without looking at `included`.
       high, low: numbers of guesses, 1 to m in all, chosen before the run: the best of several choices is
         not a bound at this confidence.
-      delta, confidence: in [0, 1 / (2 m)), as beyond the correction eats up everything; in (0, 1).
+      delta: in [0, 1 / (2 m)); for larger values the correction uses up everything.
+      confidence: in (0, 1).
     Raises:
-      ValueError: shapes that differ, NaN among the scores, or an argument out of its range.
+      ValueError: shapes differ, NaN is among the scores, or an argument is out of its range.
     """
     included, scores = np.asarray(included, bool), _checked(scores, delta, confidence)
     m, guesses = len(scores), high + low
@@ -323,20 +337,20 @@ def one_run_bound(included, scores, *, high: int, low: int = 0, delta, confidenc
 
 
 def p_value(right: int, guesses: int, canaries: int, epsilon: float, delta: float) -> float:
-    """How likely, at most, `right` or more of `guesses` are right under (epsilon, delta)-privacy.
+    """Bounds the probability that `right` or more of `guesses` are right under (epsilon, delta)-privacy.
 
     The main theorem of Steinke, Nasr and Jagielski 2023 (section 5): with m canaries and
     f(v) = P[Binomial(guesses, p) >= v], p = e^epsilon / (1 + e^epsilon), it is
 
         f(right) + 2 m delta max over i >= 1 of (f(right - i) - f(right)) / i.
 
-    Why: let delta = 0, fix the output, hence the guesses, and turn up the coins one after another. Each was
-    fair, and the output is at most e^epsilon times likelier for one side than for the other, so by Bayes a
-    guess is right with probability p at most, whatever the coins before it: a binomial at most. With delta
-    some outputs give guesses away; their number F has mean 2 m delta at most, and P[Binomial + F >= right]
-    is largest where F is 0 or the one i that gains most for its mean.
+    Proof idea: let delta = 0, fix the output and hence the guesses, and reveal the coins one after another.
+    Each was fair, and the output is at most e^epsilon times likelier for one side than for the other, so by
+    Bayes a guess is right with probability p at most, whatever the coins before it: at most a binomial. With
+    delta some outputs give guesses away; their number F has mean 2 m delta at most, and
+    P[Binomial + F >= right] is largest if F is 0 or the one i that gains most for its mean.
 
-    It grows with epsilon where 2 m delta < 1.
+    The bound grows with epsilon if 2 m delta < 1.
 
     >>> p_value(20, 20, 1000, 0.0, 0.0) == 0.5**20
     True

@@ -105,6 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def list_(options) -> int:
+    """Prints a line for each experiment: its budget, the published number, and the status of ours."""
     from dpnb import results
 
     if not experiments.names(options.pattern):
@@ -194,6 +195,7 @@ def run_sweep(options) -> int:
 
 
 def run(options) -> int:
+    """Executes the notebook of one experiment with papermill, or hands several to `run_sweep`; prints the row."""
     from dpnb import sweep
 
     if several(options):
@@ -252,6 +254,7 @@ def run(options) -> int:
 
 
 def table(options) -> int:
+    """Prints a table of records, or puts it between the markers of a document."""
     from dpnb import results
 
     pattern = TABLES.get(options.name, options.name)
@@ -276,6 +279,7 @@ def table(options) -> int:
 
 
 def verify(options) -> int:
+    """Prints what was checked of a record; returns 0 if all holds, 3 if not all could be checked, else 1."""
     from dpnb.results import verification
 
     report = verification.verify(options.record, data_dir=options.data_dir, data_file=options.data_file)

@@ -1,4 +1,4 @@
-"""Small files that are whole or not there, and the folder of what is not to be published."""
+"""Small files that are written atomically, and the folder of what must not be published."""
 
 import contextlib
 import os
@@ -8,11 +8,11 @@ from typing import BinaryIO
 
 
 def write_atomic(path: pathlib.Path, content: str | bytes, mode: int = 0o666) -> None:
-    """Writes `content` beside `path` and renames: dying in between leaves what was there before.
+    """Writes a file atomically: a crash or power cut leaves the old content or the new one, never a part.
 
     Args:
       path: the file; its directory exists.
-      content: text, or bytes as they are.
+      content: text (written as UTF-8), or bytes.
       mode: permissions of the file from its creation on (less the umask).
     """
     with atomic_file(path, mode) as file:
@@ -21,10 +21,10 @@ def write_atomic(path: pathlib.Path, content: str | bytes, mode: int = 0o666) ->
 
 @contextlib.contextmanager
 def atomic_file(path: pathlib.Path, mode: int = 0o666) -> Iterator[BinaryIO]:
-    """A binary file beside `path` that takes its place when the block ends, synced to disk.
+    """Opens a binary file beside `path`, which takes its place when the block ends, synced to disk.
 
-    After an error `path` is as it was, and nothing is left beside it; so it is, but for the partial file, if the
-    process dies.
+    After an error `path` is unchanged and the partial file is removed; if the process dies, the partial file
+    may be left beside it.
 
     Args:
       path, mode: as in `write_atomic`.
@@ -44,7 +44,7 @@ def atomic_file(path: pathlib.Path, mode: int = 0o666) -> Iterator[BinaryIO]:
 
 
 def sync_folder(folder: pathlib.Path) -> None:
-    """Makes the names in a folder last, power cuts included."""
+    """Syncs the names in a folder to disk, so that they survive a power cut."""
     file = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(file)
@@ -53,12 +53,12 @@ def sync_folder(folder: pathlib.Path) -> None:
 
 
 def private_folder(directory: str | pathlib.Path, secret: bool) -> pathlib.Path:
-    """Where a run keeps what must not be published: seed, checkpoints, ledger, curve.
+    """Returns the folder for what must not be published of a run: seed, checkpoints, ledger, curve.
 
     Args:
       directory: of the run.
-      secret: whether the run's seed is secret: `directory/private`, mode 0700, made if missing. Else
-        the data are public, nothing is kept apart, and it is `directory` itself.
+      secret: whether the run's seed is secret; then it is `directory/private`, mode 0700, made if missing.
+        Otherwise the data are public, nothing is kept apart, and it is `directory` itself.
     Raises:
       ValueError: the directory holds a run of the other kind.
     """

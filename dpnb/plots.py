@@ -10,7 +10,7 @@ from dpnb import results
 
 
 def curve(result: dict[str, Any]) -> Figure:
-    """Test accuracy and training loss over updates.
+    """Plots test accuracy and training loss over updates.
 
     Args:
       result: a record, as `dpnb.results.record` makes it.
@@ -35,7 +35,7 @@ def curve(result: dict[str, Any]) -> Figure:
 
 
 def budget(spent: dict[str, tuple[list[int], list[float]]], target: float | None) -> Figure:
-    """How epsilon is spent over the updates, one line per accountant.
+    """Plots how epsilon is spent over the updates, one line per accountant.
 
     Args:
       spent: {"PLD": (steps, epsilons), "RDP": ...}.
@@ -54,12 +54,12 @@ def budget(spent: dict[str, tuple[list[int], list[float]]], target: float | None
 
 
 def views(images: np.ndarray, titles: list[str], first: str = "original") -> Figure:
-    """Rows of small pictures: the original first, then its K views.
+    """Shows rows of small pictures: the original first, then its K views.
 
     Args:
       images: uint8 [examples, 1 + K, h, w, 3].
       titles: one per example.
-      first: what the first column is.
+      first: title of the first column.
     """
     rows, columns = images.shape[:2]
     figure, axes = plt.subplots(
@@ -75,10 +75,11 @@ def views(images: np.ndarray, titles: list[str], first: str = "original") -> Fig
 
 
 def confusion(labels: np.ndarray, predictions: np.ndarray, classes: tuple[str, ...]) -> Figure:
-    """Confusion matrix in percent of each true class.
+    """Plots the confusion matrix in percent of each true class.
 
     Args:
       labels, predictions: int [n].
+      classes: their names.
     """
     n = len(classes)
     counts = np.zeros((n, n))
@@ -103,20 +104,20 @@ def confusion(labels: np.ndarray, predictions: np.ndarray, classes: tuple[str, .
 def bars(
     frame, title: str, reference: dict[str, float] | None = None, whose: str = "others, full scale"
 ) -> Figure | None:
-    """One bar per cell of a study, with its standard deviation where there are several runs.
+    """Plots one bar per cell of a study, with its standard deviation if there are several runs.
 
     Args:
-      frame: from `dpnb.results.summary`; cells without runs are named, without a bar.
+      frame: from `dpnb.results.summary`; cells without runs are listed without a bar.
       title: above the figure, over a line that says the scale.
       reference: values of others to mark, {cell: accuracy in percent}.
-      whose: what those are.
+      whose: their label in the legend.
     Returns:
-      None where no cell has runs.
+      None if no cell has runs.
     """
     if not frame["n"].sum():
         return None
     ran = frame[frame["n"] > 0]
-    varied = bool(ran[["B", "T", "K"]].nunique().max() > 1)  # then each bar says its own
+    varied = bool(ran[["B", "T", "K"]].nunique().max() > 1)  # then each bar states its own
     scales = [
         f"\nB {b:,}, T {t:,}, K {k}" * varied
         for b, t, k in zip(frame["B"], frame["T"], frame["K"], strict=True)
@@ -137,7 +138,7 @@ def bars(
         places, [cell + scale for cell, scale in zip(frame["cell"], scales, strict=True)], fontsize=8
     )
     axis.set_xticks(range(0, 101, 10))
-    axis.set_ylim(len(frame) - 0.4, -0.6)  # from above; also where the last has no bar
+    axis.set_ylim(len(frame) - 0.4, -0.6)  # downwards, with room for the last cell even without a bar
     right = np.nanmax([0, *(frame["ema"] + frame["ema_std"].fillna(0)), *(reference or {}).values()])
     axis.set(xlabel="test accuracy (%)", xlim=(0, 1.2 * right or 1))
     axis.set_title(f"{title}\n{results.scale(ran)}", fontsize=10)
@@ -149,16 +150,17 @@ def bars(
 def lines(
     groups: dict[str, Any], x: str, xlabel: str, title: str, spacing: str = "log", ticks: bool = True
 ) -> Figure | None:
-    """Accuracy against one quantity, one line per group; the legend says its scale and runs.
+    """Plots accuracy against one quantity, one line per group; the legend states its scale and runs.
 
     Args:
       groups: {label: frame of `dpnb.results.summary` with a column `x`}. Cells of a group with the same
-        x are one experiment at that scale, and drawn once.
+        x are one experiment at that scale, and are drawn once.
       x: that column.
-      spacing: of the horizontal axis: "log" (base 2), "linear", or "equal": one step from value to value.
+      xlabel, title: of the axis, with its unit, and of the figure.
+      spacing: of the horizontal axis: "log" (base 2), "linear", or "equal" (one step from value to value).
       ticks: one at every value; False leaves them to matplotlib ("log" and "linear").
     Returns:
-      None where no group has runs.
+      None if no group has runs.
     """
     shown = {label: frame[frame["n"] > 0].drop_duplicates(x) for label, frame in groups.items()}
     shown = {label: frame for label, frame in shown.items() if len(frame)}
@@ -179,7 +181,7 @@ def lines(
         axis.set_xticks([places[v] for v in values], [f"{v:g}" for v in values])
         axis.minorticks_off()
     low, high = axis.get_ylim()
-    wider = max(0.0, 10 - (high - low)) / 2  # points: less would make a mountain of noise
+    wider = max(0.0, 10 - (high - low)) / 2  # at least 10 points high: less would magnify noise
     axis.set(xlabel=xlabel, ylabel="test accuracy, averaged parameters (%)", title=title)
     axis.set_ylim(low - wider, high + wider)
     axis.grid(alpha=0.3)
@@ -189,13 +191,13 @@ def lines(
 
 
 def _small_print(axis, said: str) -> str:
-    """What is said, and, where it does not start at 0, where the vertical axis (%) starts."""
+    """Adds where the vertical axis (%) starts to a text, if that is not at 0."""
     low = axis.get_ylim()[0]
     return said + (f"; the vertical axis starts at {low:.0f} %, not at 0" if low > 0 else "")
 
 
 def grid(frame, rows: str, columns: str, title: str) -> Figure:
-    """Accuracy over two quantities, as a coloured table with the number of runs.
+    """Plots accuracy over two quantities, as a coloured table with the number of runs.
 
     Args:
       frame: from `dpnb.results.summary`, with two further columns `rows` and `columns`; cells that agree
@@ -227,12 +229,13 @@ MARKERS = "osv^D<>Pp*hX8d"
 
 
 def accuracy_epsilon(series: dict[str, list[tuple[float, float, float | None]]], title: str) -> Figure:
-    """Test accuracy against epsilon.
+    """Plots test accuracy against epsilon.
 
     Args:
       series: {label: [(epsilon, accuracy in percent, standard deviation or None), ...]}, as
         `dpnb.results.series` makes it. Labels that begin with "ours" are drawn black, filled and thick,
         the others thin and hollow on top of them; no two series share colour, line and marker.
+      title: of the figure.
     """
     figure, axis = plt.subplots(figsize=(11, 6), layout="constrained")
     others = 0

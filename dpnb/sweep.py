@@ -1,4 +1,4 @@
-"""Many experiments, one after another: what is finished is skipped, what fails is listed at the end."""
+"""Runs many experiments one after another: finished ones are skipped, failures are listed at the end."""
 
 import dataclasses
 import pathlib
@@ -14,23 +14,28 @@ from dpnb.models import weights
 from dpnb.results import release
 from dpnb.training import cost, features
 
-# Experiments that agree in these compile to the same program: one is timed for all.
+# Experiments that agree in these fields compile to the same program, so one of them is timed for all.
 PROGRAM = ("dataset", "augmult", *field_names("model"), *field_names("performance"))
 
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """records: of the cells that are finished, in the order of the plan; failures: {"name, seed": why}."""
+    """The outcome of `run`.
+
+    records: of the cells that are finished, in the order of the plan.
+    failures: {"name, seed": why}.
+    """
 
     records: list[dict[str, Any]]
     failures: dict[str, str]
 
 
 def cells(pattern: str, preset: str, **changes) -> list[Experiment]:
-    """The experiments that match, at that scale, in the order of the registry.
+    """Returns the experiments whose names match, at a preset and with changes, in the order of the registry.
 
     Raises:
-      KeyError: nothing matches.  ValueError, TypeError: bad hyper-parameters.
+      KeyError: nothing matches.
+      ValueError, TypeError: bad hyper-parameters.
     """
     names = experiments.names(pattern)
     if not names:
@@ -39,20 +44,20 @@ def cells(pattern: str, preset: str, **changes) -> list[Experiment]:
 
 
 def scales(pattern: str, preset: str, **changes) -> dict[str, list[Experiment]]:
-    """The cells at `preset` with the changes, and as they stand in the registry at the other presets."""
+    """Returns {preset: cells}, with the changes at `preset`, and unchanged at the other presets."""
     found = {preset: cells(pattern, preset, **changes)}
     return found | {other: cells(pattern, other) for other in experiments.PRESETS if other != preset}
 
 
 def on_record(pattern: str, preset: str, records: list[dict[str, Any]], fields=(), **changes) -> dict:
-    """What there is to show of a study: a `results.summary` of each scale that has runs.
+    """Returns a `results.summary` of each scale of a study that has runs.
 
     Args:
-      records, fields: as `results.summary` takes them.
-      pattern, preset, changes: as `scales` takes them.
+      records, fields: as for `results.summary`.
+      pattern, preset, changes: as for `scales`.
     Returns:
-      {scale: pandas.DataFrame}, `preset` first; presets at which all cells are the same experiments are
-      one, e.g. "teach = colab = paper", and one whose runs are all shown at those before it is left out.
+      {scale: pandas.DataFrame}, `preset` first. Presets at which all cells are the same experiments are
+      merged, e.g. "teach = colab = paper"; one whose runs are all shown at earlier ones is left out.
     """
     found, same = scales(pattern, preset, **changes), {}
     for scale, at_scale in found.items():
@@ -68,12 +73,13 @@ def on_record(pattern: str, preset: str, records: list[dict[str, Any]], fields=(
 
 
 def plan(pattern: str, preset: str, seeds: int = 1, **changes) -> list[Experiment]:
-    """The experiments that match, at that scale; one for each of the seeds 0 ... seeds - 1.
+    """Returns the experiments to run: those of `cells`, once for each of the seeds 0 ... seeds - 1.
 
-    Cells that are the same experiment at this scale under another name are run once, as the first.
+    Cells that are the same experiment at this scale under several names are run once, as the first of them.
 
     Raises:
-      KeyError: nothing matches.  ValueError: seeds below 1, or bad hyper-parameters.
+      KeyError: nothing matches.
+      ValueError, TypeError: seeds below 1, or bad hyper-parameters.
     """
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
@@ -84,7 +90,7 @@ def plan(pattern: str, preset: str, seeds: int = 1, **changes) -> list[Experimen
 
 
 def directory(root: str | pathlib.Path, e: Experiment) -> pathlib.Path:
-    """Where one run lives below `root`: ROOT/NAME/PRESET-seedSEED, and what differs from the registry."""
+    """Returns the directory of one run: ROOT/NAME/PRESET-seedSEED, and what differs from the registry."""
     known = (
         experiments.get(e.name, e.preset).identity_fields()
         if e.name in experiments.names()
@@ -97,17 +103,17 @@ def directory(root: str | pathlib.Path, e: Experiment) -> pathlib.Path:
 
 
 def finished(e: Experiment, data: Dataset, records: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The record of this very experiment and seed on these very images, under whatever name it ran.
+    """Returns the record of exactly this experiment and seed on these images, whatever name it ran under.
 
-    With public weights it must have begun with these very ones. Of a run with a secret seed only the full
-    record tells: what is released names the images by a keyed hash.
+    It must have started from the same public weights, if any. For a run with a secret seed only the full
+    record serves, as the released one names the images by a keyed hash. None if there is no such record.
     """
     same = results.matching_records(e, records)
     if not same:
         return None
     try:
         images, began = features.fingerprint(e, data), weights.provenance(e.pretrained)
-    except (KeyError, OSError, ValueError):  # weights that cannot be had: training will say so
+    except (KeyError, OSError, ValueError):  # the weights are not available: training will say so
         return None
     same = [
         r
@@ -118,9 +124,9 @@ def finished(e: Experiment, data: Dataset, records: list[dict[str, Any]]) -> dic
 
 
 def predict(todo: list[Experiment], data: Dataset) -> dict[Experiment, cost.Cost]:
-    """What each of them will take here; compiles and times each different program once.
+    """Predicts what each experiment will cost here; compiles and times each different program once.
 
-    A cell that cannot be calibrated or compiled is not in it: `run` will say why.
+    A cell that cannot be calibrated or compiled is left out: `run` will say why.
     """
     measured, found = {}, {}
     for e in todo:
@@ -140,7 +146,7 @@ def predict(todo: list[Experiment], data: Dataset) -> dict[Experiment, cost.Cost
 
 
 def budget(e: Experiment, data: Dataset) -> str:
-    """What a calibrated experiment will spend on these data, in a line."""
+    """Describes in one line what a calibrated experiment will spend on these data."""
     n = len(data.train)
     return (
         f"N {n:,}, q {e.expected_batch_size / n:.4g}, sigma {e.noise_multiplier:.4g}, {e.steps:,} updates: "
@@ -149,13 +155,13 @@ def budget(e: Experiment, data: Dataset) -> str:
 
 
 def run(todo: list[Experiment], data: Dataset, root: str | pathlib.Path, say=print) -> Sweep:
-    """Trains what is not finished below `root`, says how long it will take, and goes on after failures.
+    """Trains what is not finished below `root`, says how long it will take, and continues after failures.
 
     Args:
       todo: from `plan`.
       data: images, as `dpnb.data.load` gives them.
-      root: of one directory per experiment and seed, with checkpoints, ledger and record; of a secret seed in
-        its `release/` and `private/`.
+      root: gets one directory per experiment and seed, with checkpoints, ledger and record; with a secret
+        seed these are in its `release/` and `private/`.
       say: prints one line.
     """
     records = [*results.load(root), *results.load(root, release.FULL_RECORD)]
@@ -182,7 +188,7 @@ def run(todo: list[Experiment], data: Dataset, root: str | pathlib.Path, say=pri
             trained = training.train(e.replace(physical_batch_size=size), ready, directory(root, e))
             done[e] = results.save(trained, ready, directory(root, e))
             say(f"    EMA {done[e]['accuracy']['ema']:.2f} %, {trained.seconds / 60:.1f} minutes")
-        except Exception as error:  # the other cells are worth having
+        except Exception as error:  # the other cells are still worth running
             failures[label] = f"{type(error).__name__}: {error}"
             place = directory(root, e) / ("private" if e.seed is None else "")
             place.mkdir(mode=0o700 if e.seed is None else 0o777, parents=True, exist_ok=True)

@@ -145,3 +145,52 @@ def test_importing_is_cheap(module):
     code = f"import sys, {module}; print(*[m for m in {HEAVY} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not done.stdout.split()
+
+
+def shadowed(name: str) -> list[str]:
+    """Functions that bind the name of a module that their file imports: a call in them meets the wrong thing."""
+    tree = ast.parse(FILES[name].read_text())
+    modules = {m.split(".")[-1] for m in IMPORTS[name]} & {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    found = []
+    for f in ast.walk(tree):
+        if isinstance(f, ast.FunctionDef):
+            bound = {a.arg for a in (*f.args.args, *f.args.kwonlyargs)}
+            bound |= {n.id for n in ast.walk(f) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+            found += [f"{f.name} binds {x}" for x in sorted(bound & modules)]
+    return found
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_local_name_hides_a_module(name):
+    assert not shadowed(name)
+
+
+def undocumented(source: str) -> list[str]:
+    """Public functions, methods and classes of a file that have no docstring; overrides of Python's own need none."""
+    found = []
+
+    def visit(node, prefix):
+        for child in node.body:
+            if isinstance(child, (ast.FunctionDef, ast.ClassDef)) and not child.name.startswith("_"):
+                if ast.get_docstring(child) is None:
+                    found.append(prefix + child.name)
+                if isinstance(child, ast.ClassDef):
+                    visit(child, f"{prefix}{child.name}.")
+
+    visit(ast.parse(source), "")
+    return found
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_public_name_is_documented(name):
+    source = FILES[name].read_text()
+    assert not undocumented(source) and ast.get_docstring(ast.parse(source))
+
+
+def test_a_missing_docstring_is_seen():
+    assert undocumented("class A:\n    'A.'\n    def f(self): pass\n    def _g(self): pass") == ["A.f"]

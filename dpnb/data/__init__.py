@@ -1,7 +1,7 @@
 """Images and labels: CIFAR-10 and CIFAR-100 through TFDS (without TensorFlow), array files, photographs.
 
-A whole data set of small images fits in memory as uint8 (CIFAR-10: 176 MiB) and goes to the device as it is;
-photographs stay on disk. TFDS, Pillow, Grain and scikit-learn are imported only when they are used.
+A whole data set of small images fits in memory as uint8 (CIFAR-10: 176 MiB) and is copied to the device
+unchanged; photographs stay on disk. TFDS, Pillow, Grain and scikit-learn are imported only when used.
 """
 
 from dpnb.data.cifar import prepare

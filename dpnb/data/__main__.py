@@ -12,10 +12,10 @@ from dpnb.data.loading import load, save
 
 
 def main(arguments=None) -> None:
-    """Entry point of `python -m dpnb.data`.
+    """Runs `python -m dpnb.data` with these arguments (default: the command line's).
 
     Raises:
-      SystemExit: the data cannot be had, and why; or bad arguments.
+      SystemExit: the data are not available (the message says why), or the arguments are bad.
     """
     parser = argparse.ArgumentParser(
         prog="python -m dpnb.data", description="Download and prepare a data set (once), and export it."

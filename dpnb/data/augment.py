@@ -1,4 +1,4 @@
-"""K random views of one image, on the device (augmentation multiplicity, paper section 3.2).
+"""Makes K random views of one image, on the device (augmentation multiplicity, paper section 3.2).
 
 Under DP-SGD the K views of an example share one clipped gradient, so that augmentation costs
 no privacy: `dpnb.gradients.clipping.clipped_grad` takes the mean of the loss over them before it clips.
@@ -14,14 +14,14 @@ PAD = 4  # pixels mirrored on every side before the crop
 
 
 def normalise(images, recipe: Recipe = SMALL_IMAGES) -> jax.Array:
-    """(x / 255 - mean) / std for each colour.
+    """Returns (x / 255 - mean) / std for each colour.
 
     Args:
       images: uint8 [..., h, w, 3], any number of leading axes.
     Returns:
       float32 [..., h, w, 3], about -2 to 2.6.
     Raises:
-      ValueError: not uint8 (so that nothing is normalised twice), or not three colours.
+      ValueError: the images are not uint8 (so nothing is normalised twice), or do not have three colours.
     """
     if images.dtype != np.uint8 or images.ndim < 3 or images.shape[-1] != 3:
         raise ValueError(
@@ -34,35 +34,35 @@ def normalise(images, recipe: Recipe = SMALL_IMAGES) -> jax.Array:
 
 
 def plain(inputs, recipe: Recipe = SMALL_IMAGES) -> jax.Array:
-    """What a network reads where nothing is augmented: images normalised, float32 features as they are."""
+    """Returns what a network reads without augmentation: normalised images, or float32 features unchanged."""
     return inputs if inputs.dtype == np.float32 else normalise(inputs, recipe)
 
 
 def denormalise(images, recipe: Recipe = SMALL_IMAGES) -> jax.Array:
-    """The inverse of `normalise`, for pictures: float [..., h, w, 3] -> uint8, rounded."""
+    """Inverts `normalise`, for display: float [..., h, w, 3] -> uint8, rounded."""
     mean, std = (jnp.asarray(c, jnp.float32) for c in (recipe.mean, recipe.std))
     pixels = (images * std + mean) * 255
     return jnp.clip(jnp.round(pixels), 0, 255).astype(jnp.uint8)
 
 
 def views(key, image, augmult: int, recipe: Recipe = SMALL_IMAGES) -> jax.Array:
-    """K independent random views of one image, normalised (paper, section 3.2 and its code).
+    """Draws K independent random views of one image, normalised (paper, section 3.2 and its code).
 
     A view of a photograph (`recipe.crop`) is a random square of that size, mirrored left-right with
-    probability 1/2.  Otherwise a view is the image padded by 4 mirrored pixels on every side (edge row included, numpy's
-    "symmetric"), mirrored left-right with probability 1/2 and cropped to its own size at one
-    of the 9 x 9 positions, all equally likely.  Flipping before the crop instead of after it
-    gives the same distribution, and normalising last the same numbers as normalising first.
+    probability 1/2.  Otherwise a view is the image padded by 4 mirrored pixels on every side (edge row
+    included, numpy's "symmetric"), mirrored left-right with probability 1/2 and cropped to its own size at
+    one of the 9 x 9 positions, all equally likely.  Flipping before the crop gives the same distribution as
+    flipping after it, and normalising last gives the same numbers as normalising first.
 
     Args:
       key: PRNG key for this example and this update.  For a batch:
         `jax.vmap(views, (0, 0, None))(keys, images, K)`.
       image: uint8 [h, w, 3]; with K = 0 also float32 features of any shape.
-      augmult: K, static.  0 is the plain input (as in evaluation), 1 ordinary augmentation.
+      augmult: K, static.  0 gives the plain input (as in evaluation), 1 ordinary augmentation.
     Returns:
       float32 [max(K, 1), h, w, 3], or [..., crop, crop, 3].
     Raises:
-      ValueError: negative K, or an image of another shape or dtype.
+      ValueError: K is negative, or the image has another shape or dtype.
 
     >>> import jax, numpy as np
     >>> views(jax.random.key(0), np.zeros((32, 32, 3), np.uint8), 16).shape

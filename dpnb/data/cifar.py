@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 prepared by TFDS's own builders, on machines without TensorFlow."""
+"""Prepares CIFAR-10 and CIFAR-100 with TFDS's own builders, on machines without TensorFlow."""
 
 import io
 import os
@@ -13,14 +13,17 @@ from dpnb.data.tfds import command, tfds_or_error
 
 
 def prepare(name: str, data_dir=None) -> pathlib.Path:
-    """Downloads CIFAR and prepares it with TFDS's own builder, without TensorFlow; once (a minute).
+    """Downloads CIFAR and prepares it with TFDS's own builder, without TensorFlow (about a minute).
 
-    The files, version, order and checksum are those that TFDS makes elsewhere (array_record).
+    The files, version, order and checksum are those of an ordinary TFDS installation (array_record).
 
+    Args:
+      name: "cifar10" or "cifar100".
+      data_dir: TFDS directory; None for TFDS's own default.
     Returns:
-      The directory that was prepared; nothing is done if it exists.
+      The directory of the prepared data set; nothing is done if it already exists.
     Raises:
-      DataError: TFDS is missing, there is no network, or the archive is damaged or not the known one.
+      DataError: another name, TFDS is missing, there is no network, or the archive is damaged or unknown.
     """
     if name not in ("cifar10", "cifar100"):
         raise DataError(f"only cifar10 and cifar100 are prepared, got {name!r}")
@@ -38,10 +41,10 @@ def prepare(name: str, data_dir=None) -> pathlib.Path:
 
 
 def _builder(tfds, name: str) -> type:
-    """TFDS's CIFAR builder, except that it extracts and encodes images without TensorFlow."""
+    """Returns TFDS's CIFAR builder, changed to extract and encode images without TensorFlow."""
 
     class WithoutTensorFlow(tfds.builder_cls(name), skip_registration=True):
-        # Else TFDS looks for its checksums beside this file, by way of importlib_resources, a
+        # Otherwise TFDS looks for its checksums beside this file, through importlib_resources, a
         # package that it does not declare. With None it uses the checksums that it ships.
         code_path = None
 
@@ -64,7 +67,7 @@ def _builder(tfds, name: str) -> type:
 
 
 def _by_hand(info, root) -> str:
-    """What to do without a network."""
+    """Says what to do without a network."""
     file = info.url.rsplit("/", 1)[-1]
     return (
         f"download {info.url} elsewhere, put it at {pathlib.Path(root) / 'downloads' / 'manual' / file} and "
@@ -73,7 +76,7 @@ def _by_hand(info, root) -> str:
 
 
 def _check_reachable(builder) -> None:
-    """Ask the server once: TFDS itself would retry for minutes before it gave up."""
+    """Asks the server once, as TFDS itself would retry for minutes before giving up."""
     import requests
 
     info, root = builder._cifar_info, pathlib.Path(builder.data_dir_root)
@@ -105,7 +108,7 @@ def _download(dl_manager, info, root) -> pathlib.Path:
 
 
 def _read_archive(path: pathlib.Path, wanted: list[str]) -> dict[str, bytes]:
-    """The wanted members of a .tar.gz, by name; nothing is extracted to disk."""
+    """Reads the wanted members of a .tar.gz, by name; nothing is extracted to disk."""
     found = {}
     try:
         with tarfile.open(path, "r:gz") as tar:
@@ -122,7 +125,7 @@ def _read_archive(path: pathlib.Path, wanted: list[str]) -> dict[str, bytes]:
 
 
 def _rows(prefix: str, files: dict[str, bytes], label_keys: list[str]):
-    """TFDS's examples from CIFAR's binary records: labels, then 3x32x32 bytes, plane by plane."""
+    """Yields TFDS's examples from CIFAR's binary records: labels, then 3x32x32 bytes, plane by plane."""
     from PIL import Image
 
     index, size = 0, len(label_keys) + 3072

@@ -1,9 +1,10 @@
-"""Images and labels in memory: splits, data sets, and the error that says what to run."""
+"""Images and labels in memory: splits, data sets, and an error whose message says what to run."""
 
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
 import numpy as np
 
@@ -14,15 +15,34 @@ CIFAR10_CLASSES = (
 )  # fmt: skip
 CLASSES = {"cifar10": 10, "cifar100": 100, "digits": 10, "textures": 192}
 INSTALL = "pip install tensorflow-datasets array-record pillow"
+# Where accuracy is reported, by preference. Small images (CIFAR) have a labelled test split, as in the paper.
+# The test images of ImageNet and Places365 have no labels, so their validation split is reported, as in the
+# paper; in folders of photographs it is usually called "val".
+SMALL_IMAGE_SPLITS = ("test", "validation", "val")
+PHOTOGRAPH_SPLITS = ("validation", "val", "test")
+FOLDER_SPLITS = ("val", "validation", "test")
 
 
 class DataError(ValueError):
-    """The data is missing, unreadable or malformed; the message says what to run."""
+    """The data are missing, unreadable or malformed; the message says what to run."""
+
+
+def reported_split(available: Sequence[str], preference: tuple[str, ...]) -> str | None:
+    """Returns the first split of `preference` that is available, None if there is none.
+
+    >>> reported_split(("train", "test", "validation"), PHOTOGRAPH_SPLITS)
+    'validation'
+    """
+    return next((split for split in preference if split in available), None)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Split:
-    """images uint8 [n, h, w, 3] and labels int32 [n], both read-only, n >= 1."""
+    """Images uint8 [n, h, w, 3] and their labels int32 [n], both read-only, n >= 1.
+
+    Raises:
+      DataError: another shape or dtype, no image, or labels beyond int32.
+    """
 
     images: np.ndarray
     labels: np.ndarray
@@ -53,11 +73,11 @@ class Split:
         return len(self.images)
 
     def head(self, n: int) -> "Split":
-        """The first n images (all, where there are fewer)."""
+        """Returns the first n images (all, if there are fewer)."""
         return Split(self.images[:n], self.labels[:n])
 
     def batches(self, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """All images in order: (images [size or fewer, h, w, 3], labels)."""
+        """Yields all images in order: (images [size or fewer, h, w, 3], labels)."""
         return in_batches(self, size)
 
     def __repr__(self) -> str:
@@ -65,7 +85,7 @@ class Split:
 
 
 def in_batches(split, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """`split.images` and `split.labels`, `size` rows (at the end fewer) at a time."""
+    """Yields `split.images` and `split.labels`, `size` rows at a time (fewer at the end)."""
     for start in range(0, len(split), size):
         yield split.images[start : start + size], split.labels[start : start + size]
 
@@ -74,7 +94,12 @@ def in_batches(split, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 class Dataset:
     """Training images and the split to report on (test, or held-out validation).
 
-    `note` is a caveat about the data to repeat beside every accuracy; "" if there is none.
+    name: of the data set, as records and `load` know it.
+    classes: their names, in the order of the labels.
+    note: a caveat about the data to repeat beside every accuracy; "" if there is none.
+
+    Raises:
+      DataError: train and test images differ in shape, or a label has no class.
     """
 
     name: str
@@ -82,7 +107,7 @@ class Dataset:
     test: Split
     classes: tuple[str, ...]
     note: str = ""
-    lowest_label = 0  # no field
+    lowest_label: ClassVar[int] = 0
 
     def __post_init__(self):
         object.__setattr__(self, "classes", tuple(map(str, self.classes)))
@@ -101,12 +126,12 @@ class Dataset:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of what a network reads: [h, w, 3]."""
+        """Shape of one network input: (h, w, 3)."""
         return self.train.images.shape[1:]
 
     @property
     def recipe(self) -> Recipe:
-        """How images become what a network reads."""
+        """How stored images become network inputs."""
         return SMALL_IMAGES
 
     @functools.cached_property

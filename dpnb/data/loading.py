@@ -1,4 +1,4 @@
-"""Loads a data set by name: through TFDS, from an array file, or made here (digits, textures)."""
+"""Loads a data set by name: through TFDS, from an array file, or generated here (digits, textures)."""
 
 import dataclasses
 import pathlib
@@ -6,7 +6,16 @@ import zipfile
 
 import numpy as np
 
-from dpnb.data.dataset import CIFAR10_CLASSES, CLASSES, INSTALL, DataError, Dataset, Split
+from dpnb.data.dataset import (
+    CIFAR10_CLASSES,
+    CLASSES,
+    INSTALL,
+    SMALL_IMAGE_SPLITS,
+    DataError,
+    Dataset,
+    Split,
+    reported_split,
+)
 from dpnb.data.tfds import command, prepared
 from dpnb.files import atomic_file
 
@@ -14,21 +23,23 @@ from dpnb.files import atomic_file
 def load(
     name: str, *, data_dir=None, file=None, validation: int = 0, note: str = "", image_size: int = 0
 ) -> Dataset:
-    """A data set in memory, or (`image_size`) photographs that stay on disk.
+    """Loads a data set into memory, or opens (`image_size`) photographs that stay on disk.
 
     Args:
       name: "cifar10", "cifar100" or any TFDS data set of small images of one size that is prepared
-        below `data_dir`, such as "imagenet_resized/32x32" (in TFDS's order), or "digits" (scikit-learn's
-        8x8 digits, upscaled and coloured to 32x32x3: small, no download), or "textures"
-        (`dpnb.data.textures`, made here in a minute or two). With `file`, any name.
+        below `data_dir`, such as "imagenet_resized/32x32" (in TFDS's order); "digits" (scikit-learn's
+        8x8 digits, upscaled and coloured to 32x32x3: small, no download); or "textures"
+        (`dpnb.data.textures`, generated here in a minute or two). With `file`, any name.
       data_dir: TFDS directory; None for TFDS's own default.
       file: array file written by `save`; needs neither TFDS nor scikit-learn.
-      validation: hold out the last so many training images and report on them instead of the
-        test images, which are then not touched (the paper tuned with 5,000 of CIFAR's 50,000).
-      note: caveat about the data, added to that of the file.
-      image_size: pixels of a view's side: photographs of any size, see `dpnb.data.photographs.load`.
+      validation: how many training images to hold out, the last ones, and to report on instead of the
+        test images, which are then left out of the data set (the paper tuned with 5,000 of CIFAR's 50,000).
+      note: a caveat about the data, added to that of the file.
+      image_size: side of a view in pixels, for photographs of any size (see `dpnb.data.photographs.load`);
+        0 for images in memory.
     Raises:
-      DataError: unknown name, data missing or malformed, packages missing; says what to run.
+      DataError: the name is unknown, data are missing or malformed, or packages are missing; the message
+        says what to run.
     """
     if image_size:
         from dpnb.data import photographs
@@ -59,7 +70,7 @@ def load(
 
 
 def save(dataset: Dataset, path) -> None:
-    """Write an array file for `load(name, file=path)`; a crash leaves no half file behind."""
+    """Writes an array file (.npz) for `load(name, file=path)`, atomically."""
     path = pathlib.Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as out:
@@ -98,7 +109,7 @@ def _load_file(name: str, path: pathlib.Path) -> Dataset:
 
 
 def _load_digits() -> Dataset:
-    """1,500 + 297 digits, 8x8 interpolated to 32x32, random bright ink on random dark paper.
+    """Returns 1,500 + 297 digits, 8x8 interpolated to 32x32, in random bright ink on random dark paper.
 
     The colours and the split come from a fixed seed and do not depend on the label.
     """
@@ -107,7 +118,7 @@ def _load_digits() -> Dataset:
     except ImportError as error:
         raise DataError("the digits come with scikit-learn; run: pip install scikit-learn") from error
     digits = load_digits()
-    random = np.random.RandomState(0)  # a frozen stream: the same data set for ever
+    random = np.random.RandomState(0)  # a frozen stream: the data set never changes
     order = random.permutation(len(digits.target))
     grey, labels = digits.images[order], digits.target[order]  # 0 to 16
     positions = np.clip((np.arange(32) + 0.5) / 4 - 0.5, 0, 7)
@@ -130,7 +141,7 @@ def _load_tfds(name: str, data_dir) -> Dataset:
             f"{name} must have an image of one size and a label, got {list(known.items())}; photographs of "
             "any size are read with image_size"
         )
-    report = next((s for s in ("test", "validation", "val") if s in builder.info.splits), None)
+    report = reported_split(builder.info.splits, SMALL_IMAGE_SPLITS)
     if report is None or "train" not in builder.info.splits:
         raise DataError(
             f"{name} needs a train and a test or validation split, got {list(builder.info.splits)}"
@@ -139,7 +150,7 @@ def _load_tfds(name: str, data_dir) -> Dataset:
     def read(split: str) -> Split:
         source = builder.as_data_source(split=split)
         images, labels = np.empty((len(source), *shape), np.uint8), np.empty(len(source), np.int32)
-        for start in range(0, len(source), 1000):  # in bulk, half the time of one by one
+        for start in range(0, len(source), 1000):  # in bulk, in half the time of one by one
             rows = list(range(start, min(start + 1000, len(source))))
             for row, example in zip(rows, source.__getitems__(rows), strict=True):
                 images[row], labels[row] = example["image"], example["label"]
@@ -149,7 +160,7 @@ def _load_tfds(name: str, data_dir) -> Dataset:
         train, test = read("train"), read(report)
     except ImportError as error:
         raise DataError(f"reading {where} needs array_record and Pillow ({error}); run: {INSTALL}") from error
-    except Exception as error:  # TFDS, array_record and Pillow each have their own
+    except Exception as error:  # TFDS, array_record and Pillow each raise their own
         raise DataError(
             f"{where} is damaged ({type(error).__name__}: {error}); delete that directory, then run: "
             f"{command(name, data_dir)}"

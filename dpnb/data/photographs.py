@@ -1,9 +1,9 @@
 """Photographs that stay on disk: each is read, decoded and resized when it is drawn.
 
-Random access (TFDS data sources in array_record, or a folder of folders) makes Poisson sampling exact on
+Random access (TFDS data sources in array_record, or a folder per class) makes Poisson sampling exact on
 data sets of any size: the sampler draws indices, and only those images are read, by Grain's threads or
-worker processes, ahead of the device and in bounded memory.  Pillow, TFDS and Grain are imported where
-they are used.
+worker processes, ahead of the device and in bounded memory.  Pillow, TFDS and Grain are imported only
+when they are used.
 """
 
 import dataclasses
@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpnb.data import recipe as recipes
-from dpnb.data.dataset import DataError, Dataset
+from dpnb.data.dataset import FOLDER_SPLITS, PHOTOGRAPH_SPLITS, DataError, Dataset, reported_split
 from dpnb.data.prefetch import READ_AHEAD, GivenBatches, Plan, cores
+from dpnb.data.recipe import Recipe
 from dpnb.data.sources import (
     SUFFIXES,
     UNREADABLE,
@@ -35,9 +36,14 @@ from dpnb.data.tfds import prepared
 
 
 class Batch(NamedTuple):
-    """images uint8 [size, s, s, 3]; labels int32 [size], -1 where unreadable; indices int32 [size] in the
-    split; mask bool [size], False for padding; unreadable: (index, name and reason) of images that
-    could not be read, which are black here."""
+    """A batch of decoded photographs.
+
+    images: uint8 [size, s, s, 3]; unreadable ones and padding are black.
+    labels: int32 [size], -1 for unreadable images and padding.
+    indices: int32 [size], positions in the split.
+    mask: bool [size], False for padding.
+    unreadable: (index, name and reason) of each image that could not be decoded.
+    """
 
     images: np.ndarray
     labels: np.ndarray
@@ -48,11 +54,11 @@ class Batch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Photographs:
-    """Labelled photographs on disk: what a `dpnb.data.Split` is to images in memory.
+    """A split of labelled photographs on disk, the counterpart of `dpnb.data.Split` in memory.
 
-    source: of encoded images.
+    source: a `dpnb.data.sources.Source` of encoded images.
     num_classes: labels are 0 to num_classes - 1.
-    size: pixels of a side of what `read` gives.
+    size: side in pixels of the images that `read` returns.
     chosen: the photographs of the source that belong to the split, as a range.
     workers: processes that read and decode; 0 for threads of this one (Pillow decodes outside Python's lock).
     """
@@ -67,20 +73,23 @@ class Photographs:
         return len(self.chosen)
 
     def head(self, n: int) -> "Photographs":
-        """The first n photographs (all, where there are fewer)."""
+        """Returns the first n photographs (all, if there are fewer)."""
         return dataclasses.replace(self, chosen=self.chosen[:n])
 
     def resized(self, size: int) -> "Photographs":
-        """The same photographs, size x size pixels."""
+        """Returns the same photographs at size x size pixels."""
         return dataclasses.replace(self, size=size)
 
     def read(self, indices: np.ndarray, mask: np.ndarray) -> Batch:
-        """Reads and decodes; what cannot be decoded is black, has the label -1, and is named.
+        """Reads and decodes photographs; undecodable ones are black, get the label -1, and are listed.
 
+        Args:
+          indices: int32 [n], positions in the split.
+          mask: bool [n]; rows that are False are not read.
         Raises:
-          OSError, RuntimeError ...: of the disk.  Such a photograph is *not* taken for an unreadable one: the
-            same update has to see the same photographs when it is repeated, or the difference would be a
-            gradient without noise.
+          OSError, RuntimeError ...: the disk failed.  Such a photograph does *not* count as unreadable: a
+            repeated update has to see the same photographs, or the difference of the two would be a gradient
+            without noise.
         """
         images = np.zeros((len(indices), self.size, self.size, 3), np.uint8)
         labels, unreadable = np.full(len(indices), UNREADABLE, np.int32), []
@@ -93,16 +102,16 @@ class Photographs:
                     raise ValueError(f"label {label} of {self.num_classes} classes")
                 images[row] = decode(encoded, self.size)
                 labels[row] = label
-            except (ImportError, MemoryError):  # nothing that the photograph can help
+            except (ImportError, MemoryError):  # not the photograph's fault
                 raise
-            except Exception as error:  # Pillow has many
+            except Exception as error:  # Pillow raises many kinds
                 reason = f"{name or 'photograph'} ({type(error).__name__}: {error})"
                 unreadable.append((int(index), reason))
                 images[row] = 0
         return Batch(images, labels, indices, mask, tuple(unreadable))
 
     def _encoded(self, index: int) -> tuple[bytes, int, str]:
-        """A disk or network that stumbles is asked again, twice."""
+        """Reads one encoded photograph; a disk or network that fails is tried again, twice."""
         for wait in (0.5, 2.0):
             try:
                 return self.source[self.chosen[index]]
@@ -111,20 +120,25 @@ class Photographs:
         return self.source[self.chosen[index]]
 
     def batches(self, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """All photographs in order: (images uint8 [size or fewer, s, s, 3], labels int32), read ahead."""
+        """Yields all photographs in order, read ahead: (images uint8 [size or fewer, s, s, 3], labels int32).
+
+        Each unreadable photograph is named in a warning.
+        """
         parts = [np.arange(a, min(a + size, len(self)), dtype=np.int32) for a in range(0, len(self), size)]
         for batch in self._ahead(GivenBatches(parts)):
             name_unreadable(batch.unreadable)
             yield batch.images, batch.labels
 
     def stream(self, sampler, size: int, rows: slice, first: int) -> Iterator[tuple[int, Batch]]:
-        """Physical batches of the updates first, first + 1, ... without end: (update, batch), read ahead.
+        """Yields (update, physical batch) of the updates first, first + 1, ... without end, read ahead.
+
+        An update that draws nothing has no batches.
 
         Args:
-          sampler: `indices(step)`, see `dpnb.privacy.sampling`.
+          sampler: has `indices(step)`, see `dpnb.privacy.sampling`.
           size: examples in a physical batch, over all processes.
-          rows: the part of each that this process reads.
-          first: the first update. One that draws nothing has no batches.
+          rows: the part of each batch that this process reads.
+          first: the first update.
         """
         plan = Plan(sampler, size, first)
         for number, batch in enumerate(self._ahead(plan, rows)):
@@ -141,7 +155,7 @@ class Photographs:
         if self.workers:
             from absl import flags
 
-            flags.FLAGS.mark_as_parsed()  # Grain's workers ask for them, and a notebook has no command line
+            flags.FLAGS.mark_as_parsed()  # Grain's workers read them, and a notebook has no command line
             options = grain.multiprocessing.MultiprocessingOptions(self.workers, per_worker_buffer_size=2)
             ahead = ahead.mp_prefetch(options)
         return iter(ahead)
@@ -149,7 +163,11 @@ class Photographs:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PhotographDataset(Dataset):
-    """A data set of `Photographs`; views are squares of `size` pixels."""
+    """A data set of `Photographs`; views are squares of `size` x `size` pixels.
+
+    Raises:
+      DataError: a split has no photograph, or no file.
+    """
 
     size: int = 224
 
@@ -157,21 +175,24 @@ class PhotographDataset(Dataset):
         object.__setattr__(self, "classes", tuple(map(str, self.classes)))
         for which, split in (("train", self.train), ("test", self.test)):
             if not len(split) or not split.source.files:
-                raise DataError(f"{self.name} needs photographs in its {which} split, got no file of them")
+                raise DataError(f"{self.name} needs photographs in its {which} split, got none")
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Shape of one view: (size, size, 3)."""
         return (self.size, self.size, 3)
 
     @property
-    def recipe(self) -> recipes.Recipe:
+    def recipe(self) -> Recipe:
+        """Random crops of `size` pixels and ImageNet's statistics, see `dpnb.data.recipe.photographs`."""
         return recipes.photographs(self.size)
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over all files, the classes, and which of their photographs are in each split.
+        """SHA-256 (hex) over all files, the classes, the size, and which photographs are in each split.
 
-        Every byte is read once; then a file is trusted while its size and times of change stay.
+        Every byte is read once; after that a file is trusted as long as its size, inode and times of change
+        stay the same.
         """
         digest = hashlib.sha256(json.dumps(self.classes).encode())
         for split in (self.train, self.test):
@@ -184,16 +205,18 @@ class PhotographDataset(Dataset):
 def load(
     name: str, size: int, *, data_dir=None, validation: int = 0, note: str = "", workers: int = 0
 ) -> Dataset:
-    """A data set of photographs, of which nothing is read yet but the list.
+    """Opens a data set of photographs; nothing but the list of them is read yet.
 
     Args:
       name: a TFDS data set below `data_dir` prepared as array_record, such as "imagenet2012" or
         "places365_small"; or a folder there, `name`/train/CLASS/IMAGE and `name`/val/CLASS/IMAGE.
-      size: pixels of a view's side.
-      validation: hold out the last so many training photographs and report on them instead.
+      size: side of a view in pixels.
+      data_dir: directory of TFDS, or of the folder; None for TFDS's default, and for the current directory.
+      validation: how many training photographs to hold out, the last ones, and to report on instead.
+      note: a caveat about the data, for their records.
       workers: processes that decode; 0 for threads.
     Raises:
-      DataError: nothing of that name there, no split to report on, or not readable at random.
+      DataError: there is no such data set or no split to report on, or it has no random access.
     """
     folder = pathlib.Path(data_dir or ".").expanduser() / name
     if (folder / "train").is_dir():
@@ -220,9 +243,10 @@ def load(
 
 def _folders(folder: pathlib.Path):
     classes = class_folders(folder / "train")
-    report = next((folder / s for s in ("val", "validation", "test") if (folder / s).is_dir()), None)
-    if report is None:
+    name = reported_split([s for s in FOLDER_SPLITS if (folder / s).is_dir()], FOLDER_SPLITS)
+    if name is None:
         raise DataError(f"{folder} needs a folder val (or validation, test) beside train to report on")
+    report = folder / name
     unknown = {*class_folders(report)} - {*classes}
     if unknown:
         raise DataError(f"classes of {report} must be those of train, got also {sorted(unknown)[:3]}")
@@ -246,7 +270,7 @@ def _folders(folder: pathlib.Path):
 def _tfds(name: str, data_dir):
     builder = prepared(name, data_dir)
     missing = {"image", "label"} - set(builder.info.features)
-    report = next((s for s in ("validation", "val", "test") if s in builder.info.splits), None)
+    report = reported_split(builder.info.splits, PHOTOGRAPH_SPLITS)
     if missing or report is None or "train" not in builder.info.splits:
         raise DataError(
             f"{name} needs images, labels, and a train and a validation split, got "

@@ -1,4 +1,4 @@
-"""Which physical batches are read ahead of the device, and by how many threads."""
+"""Decides which physical batches are read ahead of the device, and how many cores there are to do it."""
 
 import bisect
 import functools
@@ -13,12 +13,12 @@ READ_AHEAD = 2**31  # bytes of decoded photographs at most, two batches at least
 
 
 def cores() -> int:
-    """Processor cores that this process may use."""
+    """Returns the number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 class GivenBatches:
-    """Given lists of indices, none of them padding."""
+    """A data source of given arrays of indices, none of them padding: (indices, mask) by number."""
 
     def __init__(self, parts: list[np.ndarray]):
         self.parts, self.size = parts, max(map(len, parts), default=1)
@@ -31,9 +31,14 @@ class GivenBatches:
 
 
 class Plan:
-    """The physical batches of a whole run in a row, each update drawn when its turn comes.
+    """A data source of a run's physical batches in a row, (indices, mask) by number, drawn when needed.
 
     Readers ask for neighbouring numbers in any order, so the last few updates are kept.
+
+    Args:
+      sampler: has `indices(step)`, see `dpnb.privacy.sampling`.
+      size: examples in a physical batch.
+      first: the update that batch 0 belongs to.
     """
 
     def __init__(self, sampler, size: int, first: int):
@@ -48,10 +53,10 @@ class Plan:
         return list(sampling.physical_batches(self.sampler.indices(step), self.size))
 
     def __len__(self) -> int:
-        return 2**62  # as many as anybody asks for
+        return 2**62  # more than will ever be asked for
 
     def step_of(self, number: int) -> int:
-        """The update that physical batch `number` belongs to."""
+        """Returns the update that physical batch `number` belongs to."""
         with self.lock:
             while self.begins[-1] <= number:
                 step = self.first + len(self.begins) - 1

@@ -1,4 +1,4 @@
-"""How images become what a network reads: statistics, and the size of a crop."""
+"""How stored images become network inputs: statistics, and the size of a crop."""
 
 import dataclasses
 
@@ -11,11 +11,11 @@ ENLARGED = 1.2  # how much larger than its crop a photograph is
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How images become what a network reads (paper, appendix on data, and its code).
+    """How stored images become network inputs (paper, appendix on data, and its code).
 
     mean, std: of each colour on the scale [0, 1].
-    crop: 0 where a view is the whole image moved by up to 4 pixels, beyond its mirrored edges; else views
-      are squares of that many pixels inside a larger image, whose sides are `enlarged`.
+    crop: 0 if a view is the whole image moved by up to 4 pixels, with mirrored edges; otherwise views are
+      squares with sides of that many pixels inside a larger image, whose sides are `enlarged`.
     """
 
     mean: tuple[float, float, float] = MEAN
@@ -24,7 +24,7 @@ class Recipe:
 
     @property
     def enlarged(self) -> int:
-        """Pixels of a side before a random crop: 268 for 224."""
+        """Side in pixels of an image before a random crop: 268 for 224."""
         return int(self.crop * ENLARGED)
 
 
@@ -32,5 +32,5 @@ SMALL_IMAGES = Recipe()
 
 
 def photographs(size: int) -> Recipe:
-    """Views of size x size pixels, standardised with the statistics that everybody uses for ImageNet."""
+    """Returns the recipe for views of size x size pixels, with the usual statistics of ImageNet."""
     return Recipe((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), size)

@@ -1,4 +1,4 @@
-"""Encoded images on disk by number: a folder of folders, or one split of a TFDS data set."""
+"""Encoded images on disk by number: a folder per class, or one split of a TFDS data set."""
 
 import contextlib
 import dataclasses
@@ -17,33 +17,35 @@ import numpy as np
 from dpnb.data.tfds import tfds_or_error
 from dpnb.files import write_atomic
 
-HASHES = "dpnb/hashes"  # below the user's cache: of files, by size and time of change
+HASHES = "dpnb/hashes"  # below the user's cache directory: hashes of files, by size and time of change
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 UNREADABLE = -1  # the label of an image that could not be read; its gradient is zero
 
 
 class Source(Protocol):
-    """Encoded images by number. `files` are all that their content comes from."""
+    """Encoded images by number; `files` are all the files that their content comes from."""
 
     files: list[pathlib.Path]
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> tuple[bytes, int, str]:
-        """(encoded image, label, name)"""
+        """Returns (encoded image, label, name)."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FolderSource:
-    """ROOT/CLASS/IMAGE; classes may be absent. In an order that is fixed and mixes the classes, so that the
-    first or last so many photographs are of all of them."""
+    """Images ROOT/CLASS/IMAGE; classes may be absent.
+
+    Their order is fixed and mixes the classes, so the first or the last photographs contain all of them.
+    """
 
     root: pathlib.Path
     classes: tuple[str, ...]
 
     @functools.cached_property
     def listed(self) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
-        """(photographs in that order, what else lies in the classes' folders and is not hidden)"""
+        """(photographs in that order, all other files in the classes' folders that are not hidden)."""
         photographs, others = [], []
         for folder in (self.root / name for name in self.classes):
             for path in folder.iterdir() if folder.is_dir() else ():
@@ -56,6 +58,7 @@ class FolderSource:
 
     @property
     def files(self) -> list[pathlib.Path]:
+        """The photographs, in order."""
         return self.listed[0]
 
     def __len__(self) -> int:
@@ -68,19 +71,21 @@ class FolderSource:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TfdsSource:
-    """One split of a prepared TFDS data set, images left encoded."""
+    """One split of a prepared TFDS data set, with its images left encoded."""
 
     directory: str
     split: str
 
     @functools.cached_property
     def source(self):
+        """TFDS's data source of the split, opened at first use."""
         tfds = tfds_or_error()
         builder = tfds.builder_from_directory(self.directory)
         return builder.as_data_source(self.split, decoders={"image": tfds.decode.SkipDecoding()})
 
     @functools.cached_property
     def files(self) -> list[pathlib.Path]:
+        """The files of the split, sorted by name."""
         return sorted(p for p in pathlib.Path(self.directory).glob(f"*-{self.split}.*") if p.is_file())
 
     def __reduce__(self):  # worker processes open it anew
@@ -96,32 +101,35 @@ class TfdsSource:
 
 
 def decode(encoded: bytes, size: int) -> np.ndarray:
-    """The largest centred square of an image, resized to uint8 [size, size, 3] (bicubic, antialiased)."""
+    """Resizes the largest centred square of an image to uint8 [size, size, 3] (bicubic, antialiased)."""
     from PIL import Image
 
     with Image.open(io.BytesIO(encoded)) as image:
         image = image.convert("RGB")
         side = min(image.size)
         left, top = ((length - side) // 2 for length in image.size)
-        # Cut out first: resizing a box would look beyond its edges.
+        # Crop first: resizing a box would look beyond its edges.
         square = image.crop((left, top, left + side, top + side))
         return np.asarray(square.resize((size, size), Image.Resampling.BICUBIC))
 
 
 def name_unreadable(unreadable, named: set[int] | None = None) -> None:
-    """A warning for each (index, reason) that is not in `named` yet."""
+    """Warns about each (index, reason) whose index is not in `named` yet, and adds it there."""
     named = set() if named is None else named
     for index, reason in unreadable:
         if index not in named:
             named.add(index)
             warnings.warn(
-                f"image {index} cannot be read and counts as a zero gradient (as wrong where it is evaluated): {reason}",
+                f"image {index} cannot be read and counts as a zero gradient (in evaluation as wrong): {reason}",
                 stacklevel=3,
             )
 
 
 def file_hashes(files: list[pathlib.Path]) -> str:
-    """One SHA-256 (hex) over names and contents, in this order; those of unchanged files are remembered."""
+    """Returns one SHA-256 (hex) over names and contents of the files, in sorted order.
+
+    The hash of a file is cached in the user's cache directory, by its size, inode and times of change.
+    """
     digest, kept = hashlib.sha256(), pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), HASHES)
     files = sorted(files)
     for directory, group in itertools.groupby(files, lambda path: path.parent):
@@ -141,11 +149,12 @@ def file_hashes(files: list[pathlib.Path]) -> str:
             digest.update(f"{directory.name}/{path.name} {known[key]}\n".encode())
         if len(known) == before:
             continue
-        with contextlib.suppress(OSError):  # another process writes the same, or nothing may be written
+        with contextlib.suppress(OSError):  # another process writes the same, or the cache is read-only
             memory.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(memory, json.dumps(known))
     return digest.hexdigest()
 
 
 def class_folders(folder: pathlib.Path) -> tuple[str, ...]:
+    """Returns the names of the folders in `folder` that are not hidden, sorted: its classes."""
     return tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")))

@@ -8,8 +8,11 @@ from dpnb.data.dataset import Dataset, Split
 
 
 def write_stand_ins(name: str, root: str | pathlib.Path) -> pathlib.Path:
-    """Where nobody has photographs: a small data set in memory (digits), once written as JPEG files below
-    `root`; returns `root`, the data_dir to load them from."""
+    """Writes a small data set in memory ("digits") as JPEG files below `root`, unless they are there already.
+
+    Returns:
+      `root`, the data_dir to load them from.
+    """
     from dpnb import data
 
     root = pathlib.Path(root)
@@ -21,11 +24,13 @@ def write_stand_ins(name: str, root: str | pathlib.Path) -> pathlib.Path:
 def write_folders(
     dataset: Dataset, root: str | pathlib.Path, side: int = 80, limit: int = 400
 ) -> pathlib.Path:
-    """A data set in memory as JPEG files ROOT/train/CLASS/n.jpeg and ROOT/val/..., to try the road with.
+    """Writes a data set in memory as JPEG files ROOT/train/CLASS/n.jpeg and ROOT/val/CLASS/n.jpeg.
 
     Args:
-      side: pixels of the shorter side; the longer one is a quarter longer, of mirrored pixels.
-      limit: images of each split at most.
+      side: pixels of the shorter side; the longer one is a quarter longer, filled with mirrored pixels.
+      limit: at most this many images of each split.
+    Returns:
+      `root`.
     """
     from PIL import Image
 

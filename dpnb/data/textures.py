@@ -1,15 +1,15 @@
-"""Images drawn from random processes, made on the device: no photograph, no person, no licence.
+"""Images drawn from random processes on the device: they show no person and need no licence.
 
-For pre-training without any real public image (Baradad et al. 2021, *Learning to see by looking at
-noise*; Tang et al. 2023 for private training). A class is one process with parameters of its own,
-an image one draw from it, and telling the processes apart is the task. Three families:
+They serve to pre-train without any real public image (Baradad et al. 2021, *Learning to see by looking at
+noise*; Tang et al. 2023 for private training). Each class is one process with its own parameters, each image
+is one draw from it, and the task is to tell the processes apart. There are three families:
 
 - dead leaves (Lee, Mumford & Huang 2001): opaque shapes that fall on one another, with edges and
-  occlusion as in photographs, of a class's shape, size, direction and grain;
-- random phase: stationary noise of a class's spectrum, its slope, direction and stretch;
-- wavelets: sparse Gabor waves of a class's frequency, direction and density.
+  occlusion as in photographs; a class has its own shape, size, direction and grain;
+- random phase: stationary noise; a class has its own slope, direction and stretch of the spectrum;
+- wavelets: sparse Gabor waves; a class has its own frequency, direction and density.
 
-Colours are drawn anew for every image, so that they do not give the class away.
+Colours are drawn anew for every image, so that they do not reveal the class.
 """
 
 import functools
@@ -22,17 +22,17 @@ from dpnb.data.dataset import Dataset, Split
 
 SIZE = 32
 FAMILIES = ("dead leaves", "random phase", "wavelets")
-LEAVES, WAVES = 40, 40  # in one image, at most
-BATCH = 500  # images made at once
+LEAVES, WAVES = 40, 40  # at most, in one image
+BATCH = 500  # images drawn at once
 
 
 def dataset(classes: int = 192, train: int = 60_000, test: int = 3_000, seed: int = 0) -> Dataset:
-    """Random images uint8 [n, 32, 32, 3] and the number of the process that made each.
+    """Draws random images uint8 [n, 32, 32, 3], labelled with the number of the process that made each.
 
     Args:
-      classes: how many processes, the families in turn.
-      train, test: how many images, the processes in turn.
-      seed: of everything.
+      classes: number of processes, the families in turn.
+      train, test: number of images, the processes in turn.
+      seed: of processes and images.
     """
     made, labels = _images(classes, train + test, seed), np.arange(train + test) % classes
     names = [f"{FAMILIES[c % 3]} {c // 3}" for c in range(classes)]
@@ -47,18 +47,18 @@ def _images(classes: int, n: int, seed: int) -> np.ndarray:
         numbers = np.flatnonzero(np.arange(n) % classes % 3 == family)
         for start in range(0, len(numbers), BATCH):
             some = numbers[start : start + BATCH]
-            padded = np.pad(some, (0, BATCH - len(some)))  # one compilation
+            padded = np.pad(some, (0, BATCH - len(some)))  # one shape, so one compilation
             made[some] = draw(family, processes, images, padded % classes, padded)[: len(some)]
     return made
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def draw(family: int, processes, images, labels, numbers) -> jax.Array:
-    """The images with these numbers of the processes `labels`: uint8 [n, 32, 32, 3].
+    """Draws the images with these numbers from the processes `labels`: uint8 [n, 32, 32, 3].
 
     Args:
       family: an index of `FAMILIES`.
-      processes, images: PRNG keys of the classes' parameters, and of what differs in each image.
+      processes, images: PRNG keys for the parameters of the classes, and for what differs between images.
       labels, numbers: int [n].
     """
     one = (dead_leaves, random_phase, wavelets)[family]
@@ -68,7 +68,11 @@ def draw(family: int, processes, images, labels, numbers) -> jax.Array:
 
 
 def dead_leaves(process, image) -> jax.Array:
-    """Float32 [32, 32, 3], about 0 to 1: `LEAVES` superellipses, each hiding what lies below it."""
+    """Draws `LEAVES` superellipses, each hiding what lies below it: float32 [32, 32, 3], about 0 to 1.
+
+    Args:
+      process, image: PRNG keys for the parameters of the class, and for what differs between images.
+    """
     u = jax.random.uniform(process, (7,))
     angle, spread = jnp.pi * u[0], 1.5 * u[1] ** 2
     power = jnp.exp2(1.5 * u[2] + 0.2)  # 2: an ellipse, less: a star or a diamond, more: a box
@@ -97,7 +101,10 @@ def dead_leaves(process, image) -> jax.Array:
 
 
 def random_phase(process, image) -> jax.Array:
-    """Float32 [32, 32, 3], about 0 to 1: two layers of noise of one spectrum, in two colours each."""
+    """Draws two layers of noise with one spectrum, in two colours each: float32 [32, 32, 3], about 0 to 1.
+
+    Args: as for `dead_leaves`.
+    """
     u = jax.random.uniform(process, (4,))
     keys = jax.random.split(image, 4)
     slope, angle, stretch = 0.5 + 2.5 * u[0], jnp.pi * u[1], jnp.exp(2 * u[2])
@@ -109,7 +116,10 @@ def random_phase(process, image) -> jax.Array:
 
 
 def wavelets(process, image) -> jax.Array:
-    """Float32 [32, 32, 3], about 0 to 1: a few to many Gabor waves on a plain ground."""
+    """Draws a few to many Gabor waves on a plain ground: float32 [32, 32, 3], about 0 to 1.
+
+    Args: as for `dead_leaves`.
+    """
     u = jax.random.uniform(process, (6,))
     keys = jax.random.split(image, 7)
     frequency, angle, spread = 0.3 + 1.7 * u[0], jnp.pi * u[1], 1.5 * u[2] ** 2
@@ -139,7 +149,7 @@ def _grid():
 
 
 def _colours(key, n: int) -> jax.Array:
-    """Float32 [n, 3]: a palette of one image, around a colour of its own, mostly light against dark."""
+    """Draws a palette for one image, float32 [n, 3]: colours around one, mostly light against dark."""
     middle, light, hue, contrast = jax.random.split(key, 4)
     spread = jax.random.uniform(contrast, (2,), minval=0.05, maxval=0.35)
     centre = 0.5 + 0.15 * jax.random.normal(middle, (3,))
@@ -151,7 +161,7 @@ def _colours(key, n: int) -> jax.Array:
 
 
 def _noise(key, slope, angle, stretch) -> jax.Array:
-    """Float32 [32, 32], mean 0, standard deviation 1: amplitudes 1 / frequency^slope, random phases."""
+    """Draws noise float32 [32, 32], mean 0, standard deviation 1, with amplitudes 1 / frequency^slope."""
     f = jnp.asarray(np.fft.fftfreq(SIZE), jnp.float32)
     x, y = jnp.meshgrid(f, f, indexing="ij")
     along, across = x * jnp.cos(angle) + y * jnp.sin(angle), y * jnp.cos(angle) - x * jnp.sin(angle)

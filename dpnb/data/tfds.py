@@ -1,4 +1,4 @@
-"""TFDS without TensorFlow: finding a data set that is prepared with random access."""
+"""TFDS without TensorFlow: finds a data set that is prepared with random access."""
 
 import os
 import pathlib
@@ -7,6 +7,11 @@ from dpnb.data.dataset import CLASSES, INSTALL, DataError
 
 
 def tfds_or_error():
+    """Imports and returns `tensorflow_datasets`.
+
+    Raises:
+      DataError: it is not installed; the message says what to run.
+    """
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
@@ -17,6 +22,7 @@ def tfds_or_error():
 
 
 def command(name: str, data_dir) -> str:
+    """Returns the shell command that prepares a data set below `data_dir` (None for TFDS's default)."""
     if name not in CLASSES:
         return f"tfds build {name} --file_format=array_record" + (
             f" --data_dir {data_dir}" if data_dir else ""
@@ -25,10 +31,10 @@ def command(name: str, data_dir) -> str:
 
 
 def prepared(name: str, data_dir):
-    """The TFDS builder of a data set that is prepared with random access.
+    """Returns the TFDS builder of a data set that is prepared with random access.
 
     Raises:
-      DataError: TFDS is missing, or nothing of that name is prepared so; says what to run.
+      DataError: TFDS is missing, or no such data set is prepared this way; the message says what to run.
     """
     tfds = tfds_or_error()
     try:

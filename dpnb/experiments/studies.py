@@ -71,7 +71,7 @@ TABLE = [
         _cell(f"batch/t{t}", _FIGURE.format(_B), steps=t)
         for t in (156, 312, 625, 1250, 2500, 5000)
     ],
-    *[  # constant B / sigma, so no common epsilon: it is what it is
+    *[  # constant B / sigma, so that epsilon differs between cells
         _cell(
             f"batch/tan-b{b}", "not in the paper: the scaling rule of Sander et al. 2023 (TAN)",
             expected_batch_size=b, noise_multiplier=3.0 * b / 4096, epsilon=None,
@@ -92,7 +92,7 @@ TABLE = [
 def preset_overrides(experiment: Experiment, preset: str) -> dict:
     """The changes that bring a cell to a preset's scale; what the study varies stays in proportion.
 
-    smoke: WRN-10-1, a few updates: the road works, no more. teach: WRN-10-1 on two CPU cores, two
+    smoke: WRN-10-1, a few updates, for trying the pipeline end to end. teach: WRN-10-1 on two CPU cores, two
     minutes a cell and more with K, a scale at which the larger effects show. colab: WRN-16-4 with
     half the batch and a fifth of the updates, for one small GPU.
     """

@@ -1,6 +1,6 @@
-"""The model zoo, the table of networks, and how an NNX model becomes a pure function of its parameters.
+"""The networks, the table that lists them, and how an NNX model becomes a pure function of its parameters.
 
-Importing this package is cheap: JAX is loaded with the first model that is asked for.
+Importing this package is cheap: JAX is loaded with the first model that is used.
 """
 
 from typing import TYPE_CHECKING

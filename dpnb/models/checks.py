@@ -1,4 +1,4 @@
-"""Does a model treat every example on its own?  Found out by behaviour, not by layer names."""
+"""Checks that a model treats every example on its own, by its behaviour and not by layer names."""
 
 import jax
 import jax.numpy as jnp
@@ -14,23 +14,23 @@ class MixesExamples(ValueError):
 
 
 def check_independent(model: nnx.Module, inputs: jax.Array, *, tolerance: float = 1e-5) -> None:
-    """Replaces one example at a time; the outputs of all others must stay where they are.
+    """Replaces one example at a time, and checks that the outputs of all others stay the same.
 
-    In training mode and in evaluation mode (`model.train()`, `model.eval()`), for every
-    example j: once with other content, once (floating inputs) with NaN, which finds even
-    the faintest mixing.  A call must also leave the model's state as it was, since running
+    In training mode and in evaluation mode (`model.train()`, `model.eval()`), every example j is
+    replaced once by other content and once (floating inputs) by NaN, which reveals even the
+    faintest mixing.  A call must also leave the model's state as it was, since running
     statistics carry one batch into the next.  Random streams and sown intermediates may
-    move: they depend on no example or end with the call.  `model` itself is not changed.
+    change: they depend on no example, or end with the call.  `model` itself is not changed.
 
-    A model that passes means the same inside `dpnb.gradients.clipping.clipped_grad`, which calls it
-    on the views of a single example, and in evaluation, which calls it on whole batches.
+    A model that passes computes the same inside `dpnb.gradients.clipping.clipped_grad`, which calls it
+    on the views of a single example, as in evaluation, which calls it on whole batches.
 
     Args:
       model: any NNX module whose call takes inputs [n, ...] and returns a pytree of [n, ...].
       inputs: [n, ...], floating or integer, n >= 2 examples that differ; a handful will do.
       tolerance: how far an output may move, relative to the largest output.
     Raises:
-      MixesExamples: output i moved with example j, or the call changed the model's state.
+      MixesExamples: output i changed with example j, or the call changed the model's state.
       ValueError: fewer than two examples, all examples equal, or outputs that are not
         finite to begin with.
 
@@ -96,10 +96,10 @@ def _functional(model):
 
 
 def _replacements(inputs, j):
-    """What to put in place of example j."""
+    """Returns what to put in place of example j."""
     if jnp.issubdtype(inputs.dtype, jnp.floating):
         return [-2 * inputs[j] + 1, jnp.full_like(inputs[j], jnp.nan)]
-    # Token numbers or bytes: stay inside the range.
+    # Token numbers or bytes: use a value that occurs, so as to stay inside their range.
     return [x for x in inputs if bool((x != inputs[j]).any())][:1]
 
 
@@ -115,7 +115,7 @@ def _first_moved(before, after, j, tolerance):
 
 
 def _changed(before, after) -> str:
-    """The names of the leaves that differ, "" if none does."""
+    """Returns the names of the leaves that differ, "" if none does."""
 
     def flat(tree):
         return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}

@@ -1,4 +1,4 @@
-"""The two layers that plain Flax does not have: standardised convolution, spatial mean."""
+"""The layer that Flax does not have: a convolution with weight standardisation."""
 
 import functools
 
@@ -13,10 +13,10 @@ Dtype = jax.typing.DTypeLike
 
 
 def standardise(kernel: jax.Array, gain: jax.Array, epsilon: float = 1e-4) -> jax.Array:
-    """Weight standardisation with gain (paper, section 3; Brock et al. 2021).
+    """Standardises the weights of a convolution, with a gain (paper, section 3; Brock et al. 2021).
 
     Each output channel gets mean 0 and variance `gain^2 / fan_in`:
-    `(w - mean) * gain / sqrt(max(var * fan_in, epsilon))`; epsilon is a floor, not added.
+    `(w - mean) * gain / sqrt(max(var * fan_in, epsilon))`; epsilon is a floor and is not added.
 
     Args:
       kernel: float32 [*spatial, features_in / groups, features_out].
@@ -50,13 +50,14 @@ _standardise.defvjp(lambda epsilon, *args: (_formula(epsilon, *args), args), _ba
 
 
 class Conv(nnx.Module):
-    """A 2-d convolution with bias, and (by default) weight standardisation.
+    """A 2-d convolution with bias and (by default) weight standardisation.
 
     `padding` is "SAME" as in JAX and TensorFlow, where an even image at stride 2 gets one more row
-    below than above, or "symmetric" as in PyTorch: (kernel_size - 1) / 2 on every side. With `groups`, channels are convolved group by group; both numbers of features must divide into them.
+    below than above, or "symmetric" as in PyTorch: (kernel_size - 1) / 2 on every side. With `groups`,
+    channels are convolved group by group; both numbers of features must be multiples of `groups`.
 
-    Kernel ~ Normal(0, 1 / fan_in), untruncated; gain 1, bias 0 (the authors' released code).
-    Per-example weight gradients are fast, see `dpnb.gradients.convolution`.
+    The kernel starts as Normal(0, 1 / fan_in), untruncated, the gain as 1 and the bias as 0 (the authors'
+    released code). Per-example weight gradients are fast, see `dpnb.gradients.convolution`.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class Conv(nnx.Module):
         self.padding = "SAME" if padding == "SAME" else ((side, side), (side, side))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[batch, height, width, in_features] -> [batch, height', width', out_features]."""
+        """Convolves [batch, height, width, in_features] to [batch, height', width', out_features]."""
         kernel = self.kernel[...]
         if self.gain is not None:
             kernel = standardise(kernel, self.gain[...])

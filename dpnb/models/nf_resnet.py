@@ -1,5 +1,8 @@
-"""Normaliser-free ResNets (Brock et al. 2021): no norm of activations at all, so nothing mixes examples
-or views, and their variance is kept in hand by scaled activations and weights (paper, ImageNet)."""
+"""Normaliser-free ResNets (Brock et al. 2021), as in the paper's ImageNet experiments.
+
+They have no normalisation of activations, so nothing mixes examples or views; scaled activations and
+standardised weights control the variance instead.
+"""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -23,15 +26,15 @@ RELU_GAIN = 1.7139588594436646  # sqrt(2 / (1 - 1 / pi)): unit variance after Re
 
 
 def scaled_relu(x: jax.Array) -> jax.Array:
-    """ReLU that keeps the variance of a unit Gaussian at one."""
+    """Applies a ReLU scaled such that a unit Gaussian keeps variance one."""
     return nnx.relu(x) * RELU_GAIN
 
 
 def expected_stds(depths: Sequence[int], alpha: float = 0.2) -> list[float]:
-    """The standard deviation of each block's input by theory, all blocks in a row.
+    """Returns the theoretical standard deviation of each block's input, all blocks in a row.
 
-    A residual branch adds variance alpha^2; the first block of a stage divides what came in by its
-    standard deviation also on the skip path, so that after it the variance is 1 + alpha^2.
+    A residual branch adds variance alpha^2. The first block of a stage divides its input by the standard
+    deviation on the skip path too, so the variance after it is 1 + alpha^2.
     """
     made, std = [], 1.0
     for depth in depths:
@@ -44,11 +47,12 @@ def expected_stds(depths: Sequence[int], alpha: float = 0.2) -> list[float]:
 def layout(
     cin: int, widths: Sequence[int], depths: Sequence[int], width: float, alpha: float
 ) -> Iterator[tuple[int, int, int, float]]:
-    """(channels in, channels out, stride, beta) of every block; stages begin at strides 1, 2, 2, 2.
+    """Yields (channels in, channels out, stride, beta) of every block; stages begin with strides 1, 2, 2, 2.
 
     Args:
-      cin: channels behind the stem.
+      cin: channels after the stem.
       widths, depths: channels (to be multiplied by `width`) and blocks of each stage.
+      alpha: weight of the residual branches.
     """
     stds = iter(expected_stds(depths, alpha))
     for stage, (channels, depth) in enumerate(zip(widths, depths, strict=True)):
@@ -59,10 +63,10 @@ def layout(
 
 
 class Bottleneck(nnx.Module):
-    """x -> shortcut + alpha * skip_gain * (1x1 -> 3x3 -> 1x1)(beta * act(x)), a scaled ReLU before each.
+    """A residual block: x -> shortcut + alpha * skip_gain * (1x1 -> 3x3 -> 1x1)(beta * act(x)).
 
-    The shortcut is x itself, or a 1x1 convolution of beta * act(x) where shapes change: strided, or
-    (`average`) of means over 2x2 positions.
+    A scaled ReLU precedes each convolution. The shortcut is x itself or, if shapes change, a 1x1
+    convolution of beta * act(x), either strided or (`average`) of means over 2x2 positions.
     """
 
     def __init__(
@@ -87,7 +91,10 @@ class Bottleneck(nnx.Module):
         self.beta, self.alpha = beta, alpha
 
     def __call__(self, x: jax.Array, keep: jax.Array | None = None) -> jax.Array:
-        """`keep` [batch] is 0 for examples whose residual branch is dropped (stochastic depth), else 1."""
+        """Maps [batch, h, w, cin] to [batch, h', w', cout].
+
+        `keep` [batch] is 0 for examples whose residual branch is dropped (stochastic depth), else 1.
+        """
         y = scaled_relu(x) * self.beta
         skip = x if self.shortcut is None else self.shortcut(pooled(y, self.pool))
         y = self.conv2(scaled_relu(self.conv1(scaled_relu(self.conv0(y)))))
@@ -95,24 +102,24 @@ class Bottleneck(nnx.Module):
 
 
 def pooled(x: jax.Array, stride: int) -> jax.Array:
-    """Means over stride x stride positions; at the edge of an odd size, of those that are there."""
+    """Averages over stride x stride positions; at the edge of an odd size over those that exist."""
     if stride == 1:
         return x
     return nnx.avg_pool(x, (stride, stride), (stride, stride), "SAME", count_include_pad=False)
 
 
 def branch(y: jax.Array, scale: jax.Array, keep: jax.Array | None) -> jax.Array:
-    """y * scale, in the dtype of y, nothing for the examples that are not kept."""
+    """Returns y * scale in the dtype of y, and 0 for the examples that are not kept."""
     if keep is not None:
         y = y * jnp.expand_dims(keep.astype(y.dtype), (1, 2, 3))
     return y * scale.astype(y.dtype)
 
 
 class StochasticDepth(nnx.Module):
-    """Which residual branches of which examples are dropped: block i of n with probability rate * i / n.
+    """Chooses the residual branches to drop: those of block i of n with probability rate * i / n.
 
-    In training mode only (`model.train()`), without rescaling, as in the paper's code. Random per
-    example, from the module's own stream; networks for private training have rate 0.
+    It acts in training mode only (`model.train()`), without rescaling, as in the paper's code. Each example
+    draws its own, from the module's random stream. Networks for private training have rate 0.
     """
 
     def __init__(self, rate: float, blocks: int, rngs: nnx.Rngs | None):
@@ -121,14 +128,14 @@ class StochasticDepth(nnx.Module):
         self.deterministic = False
 
     def __call__(self, index: int, batch: int) -> jax.Array | None:
-        """Float32 [batch] of zeros and ones for block `index`, None where nothing is dropped."""
+        """Returns float32 [batch] of zeros and ones for block `index`, None if nothing is dropped."""
         if self.rngs is None or self.deterministic or not self.rates[index]:
             return None
         return jax.random.bernoulli(self.rngs.dropout(), 1 - self.rates[index], (batch,)).astype(jnp.float32)
 
 
 def through(blocks: nnx.List, x: jax.Array, drop: StochasticDepth, remat: bool) -> jax.Array:
-    """x behind all blocks, each recomputed in the backward pass where `remat` says so."""
+    """Applies all blocks to x; with `remat` each is recomputed in the backward pass."""
 
     def call(block, x, keep):
         return block(x, keep)
@@ -160,7 +167,7 @@ class NFResNet(nnx.Module):
       dtype: of the computation (None: that of the inputs); parameters stay float32.
       rngs: for the initial parameters, and `dropout` for stochastic depth.
     Raises:
-      ValueError: a depth that is not one of them.
+      ValueError: `depth` or `published_by` is not one of these.
     """
 
     def __init__(
@@ -201,19 +208,19 @@ class NFResNet(nnx.Module):
         self.remat = remat
 
     def features(self, images: jax.Array) -> jax.Array:
-        """Images float [batch, height, width, 3] -> what the classifier reads, [batch, 2048 width]."""
+        """Maps images float [batch, height, width, 3] to the classifier's inputs, [batch, 2048 width]."""
         x = nnx.max_pool(self.stem(images), (3, 3), (2, 2), self.padding)
         return scaled_relu(through(self.blocks, x, self.drop, self.remat)).mean((1, 2))
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Images float [batch, height, width, 3] -> logits float32 [batch, num_classes]."""
+        """Maps images float [batch, height, width, 3] to logits float32 [batch, num_classes]."""
         return self.linear(self.features(images).astype(self.linear.kernel[...].dtype))
 
 
 def build(experiment, num_classes: int, rngs: nnx.Rngs, published_by: str = "deepmind") -> NFResNet:
-    """The NF-ResNet of an experiment, whose branches begin with gain 1 (paper, ImageNet from scratch).
+    """Builds the NF-ResNet of an experiment; its branches begin with gain 1 (paper, ImageNet from scratch).
 
-    No stochastic depth: it would be the same in every update.
+    It has no stochastic depth, which would drop the same branches in every update.
     """
     e = experiment
     dtype = None if e.compute_dtype == "float32" else e.compute_dtype
@@ -222,5 +229,5 @@ def build(experiment, num_classes: int, rngs: nnx.Rngs, published_by: str = "dee
 
 
 def build_as_timm(experiment, num_classes: int, rngs: nnx.Rngs) -> NFResNet:
-    """The same with timm's padding and shortcuts, for its weights."""
+    """Builds the same network with timm's padding and shortcuts, for timm's weights."""
     return build(experiment, num_classes, rngs, published_by="timm")

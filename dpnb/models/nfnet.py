@@ -1,5 +1,7 @@
-"""NFNets (Brock et al. 2021b): normaliser-free networks with grouped convolutions and squeeze-and-excite,
-which the later version of the paper fine-tunes on ImageNet."""
+"""NFNets (Brock et al. 2021b): normaliser-free networks with grouped convolutions and squeeze-and-excite.
+
+The later version of the paper fine-tunes them on ImageNet.
+"""
 
 import functools
 
@@ -11,33 +13,33 @@ from dpnb.models.layers import Conv, Dtype
 from dpnb.models.nf_resnet import StochasticDepth, branch, layout, pooled, through
 
 DEPTHS = {"F0": (1, 2, 6, 3), "F1": (2, 4, 12, 6), "F3": (4, 8, 24, 12)}
-SIZES = {"F0": (192, 256), "F1": (224, 320), "F3": (320, 416)}  # pixels in training, in evaluation
+SIZES = {"F0": (192, 256), "F1": (224, 320), "F3": (320, 416)}  # image side in training, in evaluation
 WIDTHS = (256, 512, 1536, 1536)
 GROUP = 128  # channels in a group of the 3x3 convolutions
 GELU_GAIN = 1.7015043497085571
 
 
 def scaled_gelu(x: jax.Array) -> jax.Array:
-    """GELU that keeps the variance of a unit Gaussian at one."""
+    """Applies a GELU scaled such that a unit Gaussian keeps variance one."""
     return nnx.gelu(x) * GELU_GAIN
 
 
 class SqueezeExcite(nnx.Module):
-    """A gate 2 * sigmoid(...) in [0, 2] for each channel, from the mean over positions."""
+    """Computes a gate 2 * sigmoid(...) in [0, 2] for each channel from the mean over positions."""
 
     def __init__(self, channels: int, ratio: float, *, rngs: nnx.Rngs):
         self.squeeze = nnx.Linear(channels, max(1, int(channels * ratio)), rngs=rngs)
         self.excite = nnx.Linear(max(1, int(channels * ratio)), channels, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[batch, height, width, channels] -> gates [batch, 1, 1, channels], float32."""
+        """Maps [batch, height, width, channels] to gates float32 [batch, 1, 1, channels]."""
         mean = x.astype(jnp.float32).mean((1, 2))
         gate = 2 * nnx.sigmoid(self.excite(nnx.relu(self.squeeze(mean))))
         return jnp.expand_dims(gate, (1, 2))
 
 
 class NFBlock(nnx.Module):
-    """x -> shortcut + alpha * skip_gain * SE(1x1 -> two grouped 3x3 -> 1x1)(beta * act(x)).
+    """A residual block: x -> shortcut + alpha * skip_gain * SE(1x1 -> two grouped 3x3 -> 1x1)(beta * act(x)).
 
     The shortcut is x, or a 1x1 convolution of beta * act(x), averaged over 2x2 positions at stride 2.
     """
@@ -56,7 +58,10 @@ class NFBlock(nnx.Module):
         self.stride, self.beta, self.alpha = stride, beta, alpha
 
     def __call__(self, x: jax.Array, keep: jax.Array | None = None) -> jax.Array:
-        """`keep` [batch] is 0 for examples whose residual branch is dropped (stochastic depth), else 1."""
+        """Maps [batch, h, w, cin] to [batch, h', w', cout].
+
+        `keep` [batch] is 0 for examples whose residual branch is dropped (stochastic depth), else 1.
+        """
         y = scaled_gelu(x) * self.beta
         skip = x
         if self.shortcut is not None:
@@ -70,9 +75,10 @@ class NFBlock(nnx.Module):
 class NFNet(nnx.Module):
     """NFNet-F0, -F1 or -F3 (Brock et al. 2021b; the paper's later ImageNet numbers are F3's).
 
-    Stem of four 3x3 convolutions (16, 32, 64, 128 channels, strides 2, 1, 1, 2); stages of 256, 512, 1,536 and
-    1,536 channels at strides 1, 2, 2, 2; 1x1 convolution to 3,072; scaled GELU -> mean -> linear.
-    F0 with 1,000 classes has 71,489,284 parameters, F3 254,924,200: one gradient of F3 takes 1 GB.
+    The stem is four 3x3 convolutions (16, 32, 64, 128 channels, strides 2, 1, 1, 2). Stages of 256, 512,
+    1,536 and 1,536 channels at strides 1, 2, 2, 2 follow, then a 1x1 convolution to 3,072 channels, scaled
+    GELU -> mean -> linear. F0 with 1,000 classes has 71,489,284 parameters, F3 254,924,200: one gradient of
+    F3 takes 1 GB.
 
     Args:
       variant: "F0", "F1" or "F3", or the number of blocks in each stage.
@@ -80,7 +86,7 @@ class NFNet(nnx.Module):
       width: multiplies all channels, and the size of a group.
       alpha, skip_gain, stochastic_depth, remat, dtype, rngs: as in `NFResNet`; branches begin with gain 0.
     Raises:
-      ValueError: no such variant.
+      ValueError: there is no such variant.
     """
 
     def __init__(
@@ -116,7 +122,7 @@ class NFNet(nnx.Module):
         self.remat = remat
 
     def features(self, images: jax.Array) -> jax.Array:
-        """Images float [batch, height, width, 3] -> what the classifier reads, [batch, 3072 width]."""
+        """Maps images float [batch, height, width, 3] to the classifier's inputs, [batch, 3072 width]."""
         x = self.stem[0](images)
         for conv in self.stem[1:]:
             x = conv(scaled_gelu(x))
@@ -124,12 +130,15 @@ class NFNet(nnx.Module):
         return scaled_gelu(self.final(x)).mean((1, 2))
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Images float [batch, height, width, 3] -> logits float32 [batch, num_classes]."""
+        """Maps images float [batch, height, width, 3] to logits float32 [batch, num_classes]."""
         return self.linear(self.features(images).astype(self.linear.kernel[...].dtype))
 
 
 def build(experiment, num_classes: int, rngs: nnx.Rngs) -> NFNet:
-    """The NFNet of an experiment, whose network ends in its size ("nfnet-f0"). No stochastic depth, as in NF-ResNets."""
+    """Builds the NFNet of an experiment, whose `network` ends in its size ("nfnet-f0").
+
+    It has no stochastic depth, like the NF-ResNets.
+    """
     e = experiment
     dtype = None if e.compute_dtype == "float32" else e.compute_dtype
     size = e.network.rpartition("-")[2].upper()

@@ -1,4 +1,4 @@
-"""How an NNX model becomes a pure function of its parameters."""
+"""Turns an NNX model into a pure function of its parameters."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ def functional(model: nnx.Module) -> tuple[dict[str, Any], Callable[[Any, jax.Ar
     """Splits any NNX model into parameters and a pure function.
 
     Whatever is not an `nnx.Param` (running statistics, random streams) stays as it is now:
-    updates of it are dropped, since they would carry data around the clipping.
+    its updates are dropped, since they would carry data past the clipping.
 
     Args:
       model: any NNX module whose call takes inputs [batch, ...].

@@ -1,7 +1,7 @@
-"""The table of networks: a new one is its module and one line here.
+"""The table of networks: a new network needs its module and one line here.
 
-An experiment names its network; whatever differs from network to network is a column of this table, and nobody
-else asks for a name. Modules are imported when their network is built, so that reading the table needs no JAX.
+An experiment names its network; whatever differs between networks is a column of this table, and no other
+code compares names. Modules are imported when their network is built, so reading the table needs no JAX.
 """
 
 import dataclasses
@@ -17,18 +17,18 @@ _FREE = ("network", "depth", "width", "compute_dtype")
 class Network:
     """One line of the table; `experiment` is any object with the fields of `dpnb.experiments.Experiment`.
 
-    build: (experiment, num_classes, rngs) -> nnx.Module of images float [batch, h, w, 3] -> logits; or the name of
-      such a function, "MODULE:FUNCTION" in `dpnb.models`. For `trainable="classifier"` the module has a method
-      `features(images)`, which is what its last layer reads, and for `trainable="last-k"` a list `blocks`; its
-      last layer is the attribute `linear`.
-    label: its name in tables; {depth} and other fields are filled in, and {scaled} says by how much a network is
-      wider than the published one, and its pixels.
-    feature_size: numbers that the classifier reads from one image, at width 1.
-    kind, identity: what it is called, and the fields that decide about its features beside the weights. Both
-      are hashed into the fingerprints of features: in a line that has records they never change.
+    build: (experiment, num_classes, rngs) -> nnx.Module of images float [batch, h, w, 3] -> logits; or the
+      name of such a function, "MODULE:FUNCTION" in `dpnb.models`. For `trainable="classifier"` the module has
+      a method `features(images)`, which returns the inputs of its last layer, and for `trainable="last-k"` a
+      list `blocks`; its last layer is the attribute `linear`.
+    label: its name in tables; {depth} and other fields are filled in, and {scaled} adds the width and the
+      image size of a network that is not as wide as the published one.
+    feature_size: how many numbers the classifier reads from one image, at width 1.
+    kind, identity: what it is called, and the fields that affect its features, apart from the weights. Both
+      are hashed into the fingerprints of features: they never change in a line that has records.
     feature_batch: images per call when features are computed.
-    fixed: the module in `dpnb.models` that makes the fixed features which it reads instead of images: `WORDS`
-      (hashed, as `kind`) and `make_transform(side)`; "" if it reads images.
+    fixed: the module in `dpnb.models` that makes the fixed features which it reads instead of images, with
+      `WORDS` (hashed, like `kind`) and `make_transform(side)`; "" if it reads images.
     """
 
     build: str | Callable[[Any, int, Any], Any]
@@ -56,10 +56,10 @@ NETWORKS = {
 
 
 def find_network(name: str) -> Network:
-    """The line of that name.
+    """Returns the line of that name.
 
     Raises:
-      ValueError: there is none.
+      ValueError: there is no such network.
     """
     if name not in NETWORKS:
         raise ValueError(f"network must be one of {tuple(NETWORKS)}, got {name!r}")
@@ -67,24 +67,24 @@ def find_network(name: str) -> Network:
 
 
 def label(experiment) -> str:
-    """ "WRN-16-4", "NF-ResNet-14 (width 0.25, 64 px)"."""
+    """Returns the network's name in tables, such as "WRN-16-4" or "NF-ResNet-14 (width 0.25, 64 px)"."""
     e = experiment
     scaled = f" (width {e.width:g}, {e.image_size or 32} px)" if e.width != 1 else ""
     return find_network(e.network).label.format(**vars(e), scaled=scaled)
 
 
 def feature_size(experiment) -> int:
-    """Numbers that the classifier reads from one image."""
+    """Returns how many numbers the classifier reads from one image."""
     return int(find_network(experiment.network).feature_size * experiment.width)
 
 
 def make_model(experiment, num_classes: int, rngs):
-    """What the experiment trains, as an nnx.Module: its network, or the last layer alone, on features.
+    """Builds what the experiment trains, an nnx.Module: its network, or the last layer alone, on features.
 
     Args:
       rngs: nnx.Rngs, for initial parameters.
     Raises:
-      KeyError, ValueError, OSError: public weights that cannot be had, or are another network's.
+      KeyError, ValueError, OSError: the public weights are not available, or are another network's.
     """
     from dpnb.models import weights
     from dpnb.models.scattering import ScatterLinear
@@ -97,7 +97,7 @@ def make_model(experiment, num_classes: int, rngs):
 
 
 def make_network(experiment, num_classes: int, rngs):
-    """The experiment's whole network, with the public weights that it begins with, if any; raises as `make_model`."""
+    """Builds the experiment's whole network, with its public weights, if any; raises as `make_model` does."""
     from dpnb.models import weights
 
     build = find_network(experiment.network).build
@@ -111,11 +111,11 @@ def make_network(experiment, num_classes: int, rngs):
 
 
 def fixed_features(experiment):
-    """The module that makes the fixed features of the experiment's network; None if it reads images."""
+    """Returns the module that makes the fixed features of the network; None if it reads images."""
     name = find_network(experiment.network).fixed
     return importlib.import_module(f"dpnb.models.{name}") if name else None
 
 
 def feature_fields(experiment) -> dict[str, Any]:
-    """The fields that decide about the network's features, its weights apart."""
+    """Returns the fields that affect the network's features, apart from its weights: {name: value}."""
     return {name: getattr(experiment, name) for name in find_network(experiment.network).identity}

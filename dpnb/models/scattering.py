@@ -1,8 +1,7 @@
-"""The wavelet scattering transform (Bruna & Mallat 2013; Oyallon & Mallat 2015), for features that
-need no training: two layers of Morlet wavelets, moduli and local means, J = 2 and 8 angles.
+"""The wavelet scattering transform (Bruna & Mallat 2013; Oyallon & Mallat 2015): features without training.
 
-Tramer & Boneh 2021 put a linear layer on it; without any learnt feature it beats the networks of
-the paper at epsilon = 1.
+It has two layers of Morlet wavelets, moduli and local means, with J = 2 and 8 angles. Tramer & Boneh 2021
+train a linear layer on it, which beats the networks of the paper at epsilon = 1 without any learnt feature.
 """
 
 import functools
@@ -19,9 +18,10 @@ CHANNELS = 81  # 1 mean, 2 scales x 8 angles, and 8 x 8 pairs of angles
 
 
 def gabor(size: int, sigma: float, theta: float, xi: float, slant: float) -> np.ndarray:
-    """A Gaussian of width `sigma` times a wave of frequency `xi` along `theta`, periodic on [size, size].
+    """Returns a Gaussian of width `sigma` times a wave of frequency `xi` along `theta`.
 
-    complex128; `slant` is the ratio of the Gaussian's two axes. A Gaussian of slant 1 and xi 0 has sum 1.
+    It is complex128 [size, size] and periodic; `slant` is the ratio of the Gaussian's two axes. With slant 1
+    and xi 0 its sum is 1.
     """
     rotate = np.array([[math.cos(theta), -math.sin(theta)], [math.sin(theta), math.cos(theta)]])
     curve = rotate @ np.diag([1.0, slant**2]) @ rotate.T / (2 * sigma**2)
@@ -37,14 +37,14 @@ def gabor(size: int, sigma: float, theta: float, xi: float, slant: float) -> np.
 
 
 def morlet(size: int, sigma: float, theta: float, xi: float, slant: float) -> np.ndarray:
-    """A Gabor wave minus the Gaussian that makes its sum zero."""
+    """Returns a Gabor wave minus the Gaussian that makes its sum zero, complex128 [size, size]."""
     wave, bump = gabor(size, sigma, theta, xi, slant), gabor(size, sigma, theta, 0.0, slant)
     return wave - wave.sum() / bump.sum() * bump
 
 
 @functools.cache
 def filters(size: int, angles: int = 8) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Fourier transforms of the low pass [size, size] and of the wavelets, one [angles, size, size] per scale."""
+    """Returns Fourier transforms of low pass [size, size] and wavelets [angles, size, size] of each scale."""
     low = np.fft.fft2(gabor(size, 0.8 * 2, 0.0, 0.0, 1.0)).real
     turns = [(angles - angles // 2 - 1 - k) * math.pi / angles for k in range(angles)]
     scales = [
@@ -60,14 +60,14 @@ def filters(size: int, angles: int = 8) -> tuple[np.ndarray, list[np.ndarray]]:
 
 
 def scattering(images) -> jax.Array:
-    """Scattering coefficients of one-channel images.
+    """Computes the scattering coefficients of one-channel images.
 
     Args:
       images: float32 [batch, size, size], size a multiple of 4.
     Returns:
       float32 [batch, size / 4, size / 4, 81].
     Raises:
-      ValueError: another shape.
+      ValueError: the images have another shape.
     """
     size = images.shape[-1]
     if images.ndim != 3 or images.shape[1] != size or size % 4:
@@ -91,23 +91,23 @@ def scattering(images) -> jax.Array:
 
 
 def folded(spectrum, every: int):
-    """The spectrum of every `every`-th pixel in both directions: aliases are averaged."""
+    """Returns the spectrum of every `every`-th pixel in both directions, by averaging aliases."""
     *lead, n, _ = spectrum.shape
     m = n // every
     return spectrum.reshape(*lead, every, m, every, m).mean((-4, -2))
 
 
 def coarser(spectrum: np.ndarray, every: int) -> np.ndarray:
-    """The low frequencies of a filter, for images of every `every`-th pixel."""
+    """Returns the low frequencies of a filter, for images of every `every`-th pixel."""
     half = len(spectrum) // every // 2
     kept = np.r_[0:half, len(spectrum) - half : len(spectrum)]
     return spectrum[np.ix_(kept, kept)]
 
 
 def logarithms(images) -> jax.Array:
-    """Scattering of each colour; wavelet coefficients as log(0.01 + s), the means as they are.
+    """Computes the scattering of each colour: wavelet coefficients as log(0.01 + s), means unchanged.
 
-    The logarithm tames their heavy tails, so that clipping bends fewer gradients.
+    The logarithm tames the heavy tails, so clipping changes the direction of fewer gradients.
 
     Args:
       images: uint8 [batch, size, size, 3].
@@ -122,9 +122,9 @@ def logarithms(images) -> jax.Array:
 
 
 def random_images(count: int, size: int = 32) -> np.ndarray:
-    """Noise with the spectrum of photographs (amplitude 1 / frequency, colours correlated 0.9).
+    """Returns noise with the spectrum of photographs (amplitude 1 / frequency, colours correlated 0.9).
 
-    The same uint8 [count, size, size, 3] on every call.
+    It is the same uint8 [count, size, size, 3] on every call.
     """
     random = np.random.default_rng(0)
     x, y = np.meshgrid(np.fft.fftfreq(size), np.fft.fftfreq(size))
@@ -138,20 +138,20 @@ def random_images(count: int, size: int = 32) -> np.ndarray:
 
 @functools.cache
 def standards(size: int = 32) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of the 81 channels, float32 [81], over random images, not over data.
+    """Returns mean and standard deviation of the 81 channels, float32 [81], over random images, not data.
 
-    Tramer & Boneh release the data's own with noise, for a part of the budget; these cost none.
+    Tramer & Boneh release those of the data with noise, for part of the budget; these cost none.
     """
     coefficients = np.asarray(jax.jit(logarithms)(random_images(500, size)))
     return coefficients.mean((0, 1, 2, 3)), coefficients.std((0, 1, 2, 3))
 
 
 def features(images, mean, std) -> jax.Array:
-    """Standardised logarithms of scattering coefficients, each image's brought to mean 0 and variance 1.
+    """Computes standardised logarithms of scattering coefficients, each image with mean 0 and variance 1.
 
     Args:
       images: uint8 [batch, size, size, 3].
-      mean, std: float32 [81], of the channels: `standards()`.
+      mean, std: float32 [81], of the channels, from `standards()`.
     Returns:
       float32 [batch, size / 4, size / 4, 243]; row i is a function of image i alone.
     """
@@ -162,10 +162,10 @@ def features(images, mean, std) -> jax.Array:
 
 @jax.custom_vjp
 def linear(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
-    """inputs [batch, features] times kernel [classes, features] -> [batch, classes].
+    """Multiplies inputs [batch, features] by kernel [classes, features] to [batch, classes].
 
-    The gradient of a single row is written as a product, not as a matrix multiplication: XLA then
-    never stores it, but fuses it into the norm and the clipped sum of `dpnb.gradients.clipping`.
+    The gradient of a single row is written as a product and not as a matrix multiplication, so XLA
+    does not store it but fuses it into the norm and the clipped sum of `dpnb.gradients.clipping`.
     """
     return inputs @ kernel.T
 
@@ -181,23 +181,23 @@ linear.defvjp(lambda *args: (linear(*args), args), _backward)
 
 
 class ScatterLinear(nnx.Module):
-    """A linear layer on fixed features (scattering's of 32x32 images), all its parameters zero at the start."""
+    """A linear layer on fixed features (default: scattering of 32x32 images); parameters start at zero."""
 
     def __init__(self, num_classes: int = 10, shape: tuple[int, ...] = (8, 8, 3 * CHANNELS)):
         self.kernel = nnx.Param(jnp.zeros((num_classes, math.prod(shape))))
         self.bias = nnx.Param(jnp.zeros(num_classes))
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """Features float32 [batch, *shape] -> logits [batch, num_classes]."""
+        """Maps features float32 [batch, *shape] to logits [batch, num_classes]."""
         return linear(inputs.reshape(len(inputs), -1), self.kernel[...]) + self.bias[...]
 
 
 def build(experiment, num_classes: int, rngs: nnx.Rngs) -> ScatterLinear:
-    """The linear layer of an experiment, for `dpnb.models.registry`."""
+    """Builds the linear layer of an experiment, for `dpnb.models.registry`."""
     return ScatterLinear(num_classes)
 
 
 def make_transform(side: int) -> Callable[[jax.Array], jax.Array]:
-    """`features` with standards over random images: uint8 [batch, side, side, 3] -> float32 [batch, ...]."""
+    """Returns `features` with `standards(side)`: uint8 [batch, side, side, 3] -> float32 [batch, ...]."""
     mean, std = standards(side)
     return jax.jit(functools.partial(features, mean=mean, std=std))

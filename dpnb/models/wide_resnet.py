@@ -1,6 +1,8 @@
-"""Wide-ResNet for differentially private training (paper, section 3 and appendix; PyTorch's
-and Flax's usual Wide-ResNets differ: here ReLU comes before the norm, convolutions are
-weight-standardised, and no layer looks at more than one example)."""
+"""Wide-ResNets for differentially private training (paper, section 3 and appendix).
+
+They differ from the usual ones of PyTorch and Flax: ReLU comes before the norm, convolutions are
+weight-standardised, and no layer looks at more than one example.
+"""
 
 from collections.abc import Callable
 
@@ -11,19 +13,19 @@ from dpnb.models.layers import Conv, Dtype
 
 
 def relu_then_norm(norm: Callable, x: jax.Array) -> jax.Array:
-    """The paper's order."""
+    """Applies ReLU, then the norm: the paper's order."""
     return norm(nnx.relu(x))
 
 
 def norm_then_relu(norm: Callable, x: jax.Array) -> jax.Array:
-    """The classic order of pre-activation networks, for comparison."""
+    """Applies the norm, then ReLU: the classic order of pre-activation networks, for comparison."""
     return nnx.relu(norm(x))
 
 
 class Block(nnx.Module):
-    """Two times [ReLU -> norm -> 3x3 convolution], plus a skip path.
+    """A residual block: twice [ReLU -> norm -> 3x3 convolution], plus a skip path.
 
-    The first block of every stage projects its skip: ReLU -> norm -> 1x1 convolution.
+    The first block of every stage projects its skip path: ReLU -> norm -> 1x1 convolution.
     `act` is the order of ReLU and norm, see `relu_then_norm`.
     """
 
@@ -35,24 +37,25 @@ class Block(nnx.Module):
         self.skip_conv = conv(cin, cout, 1, stride=stride) if first else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [batch, h, w, cin] to [batch, h', w', cout]."""
         skip = x if self.skip_conv is None else self.skip_conv(self.act(self.skip_norm, x))
         y = self.conv1(self.act(self.norm1, x))
         return self.conv2(self.act(self.norm2, y)) + skip
 
 
 class WideResNet(nnx.Module):
-    """WRN-depth-width, `depth = 6 n + 4`, with n blocks in each of three stages.
+    """WRN-depth-width, with `depth = 6 n + 4` and n blocks in each of three stages.
 
-    Stem 3x3 to 16 channels; stages of 16, 32, 64 times `width` channels at strides 1, 2, 2;
-    head ReLU -> norm -> mean over positions -> linear.  Source: the released code behind
+    A 3x3 stem to 16 channels; stages of 16, 32, 64 times `width` channels at strides 1, 2, 2;
+    the head ReLU -> norm -> mean over positions -> linear.  Source: the released code behind
     section 3 of the paper.  WRN-16-4 with 10 classes has 2,753,818 parameters.
 
     Args:
       depth: 10, 16, 22, 28, 34, 40, ...
       width: the widening factor.
       num_classes: size of the output.
-      groups: groups of the group norm; channels must divide into them.
-      norm: makes the norm of so many features (default: that group norm).
+      groups: groups of the group norm; channels must be a multiple of it.
+      norm: builds the norm for a number of features (default: that group norm).
       standardised: weight standardisation of all convolutions.
       act: `relu_then_norm` (the paper's order) or `norm_then_relu`.
       dtype: of the computation (None: that of the inputs; "bfloat16" halves the memory).
@@ -99,19 +102,19 @@ class WideResNet(nnx.Module):
         self.linear = nnx.Linear(cin, num_classes, kernel_init=init, rngs=rngs)
 
     def features(self, images: jax.Array) -> jax.Array:
-        """Images float [batch, height, width, 3] -> what the classifier reads, [batch, 64 width]."""
+        """Maps images float [batch, height, width, 3] to the classifier's inputs, [batch, 64 width]."""
         x = self.stem(images)
         for block in self.blocks:
             x = block(x)
         return self.act(self.norm, x).mean((1, 2))
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Images float [batch, height, width, 3] -> logits float32 [batch, num_classes]."""
+        """Maps images float [batch, height, width, 3] to logits float32 [batch, num_classes]."""
         return self.linear(self.features(images).astype(self.linear.kernel[...].dtype))
 
 
 def build(experiment, num_classes: int, rngs: nnx.Rngs) -> WideResNet:
-    """The Wide-ResNet of an experiment, for `dpnb.models.registry`."""
+    """Builds the Wide-ResNet of an experiment, for `dpnb.models.registry`."""
     e = experiment
     return WideResNet(
         e.depth,

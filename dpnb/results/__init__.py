@@ -1,4 +1,4 @@
-"""Results: records that describe themselves, the tables and studies made of them, and whether they hold.
+"""Results: records that describe themselves, tables and studies made of them, and their verification.
 
 `dpnb.results.verification` needs JAX and is imported by its own name.
 """

@@ -1,7 +1,7 @@
-"""Does a record agree with itself, with the registry, with its ledger file, and with what everybody knows?
+"""Checks that a record agrees with itself, the registry, its ledger file, and well-known facts.
 
-The mechanism is rebuilt from hyper-parameters and data, and the rest of the record is held against it. Nothing
-here needs the data set or a network; `dpnb.results.verification` adds what does.
+The mechanism is rebuilt from hyper-parameters and data, and the rest of the record is compared with it.
+Nothing here needs the data set or a network; `dpnb.results.verification` adds what does.
 """
 
 import functools
@@ -17,10 +17,10 @@ from dpnb.experiments import Experiment, imagenet
 from dpnb.privacy.ledger import Ledger, LedgerError
 
 Record = dict[str, Any]
-Check = tuple[bool | None, str]  # does it agree (None: it could not be checked), and what was compared
+Check = tuple[bool | None, str]  # whether it agrees (None: it could not be checked), and what was compared
 
-VERSIONS = 1e-3  # relative difference of an epsilon between two versions of an accountant
-# Training and test images of the public data sets, as far as they come in one size.
+VERSIONS = 1e-3  # relative difference allowed between the epsilons of two versions of an accountant
+# Numbers of training and test images of the public data sets, None if it is not compared.
 SIZES = {
     "cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000), "digits": (1500, 297), "textures": (60_000, 3000),
     "tiny_imagenet32": (100_000, 10_000), "imagenet_resized/32x32": (1_281_167, 50_000),
@@ -30,18 +30,18 @@ MALFORMED = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 
 
 class LeftOut(UserWarning):
-    """A record that a table leaves out, and why."""
+    """Warns that a table leaves out a record, and says why."""
 
 
 def consistency(record: Record, directory: str | pathlib.Path | None = None) -> list[Check]:
-    """All that can be checked without the data set and without evaluating a network.
+    """Makes all checks that need neither the data set nor an evaluation of the network.
 
     Args:
       record: as `dpnb.results.record` makes it, or what `dpnb.results.release` leaves of it.
-      directory: with the record's weights and ledger, whose own words are then compared; the ledger of a
-        run with a secret seed lies in `private` beside it.
+      directory: holds the record's weights and ledger, which are then compared too; the ledger of a run
+        with a secret seed is in `private` beside it.
     Returns:
-      One entry per check. A record that lacks what records have fails one.
+      One entry per check. A malformed record fails one.
     """
     try:
         made = [*cheap(record), *accounted(record), registered(record)]
@@ -53,9 +53,9 @@ def consistency(record: Record, directory: str | pathlib.Path | None = None) -> 
 
 
 def misfit(record: Record) -> str:
-    """Why a record whose hyper-parameters are those of a row does not belong there, "" if it does.
+    """Says why a record whose hyper-parameters are those of a row does not belong there, "" if it does.
 
-    Everything that is cheap to check, and its epsilons on a coarse grid: a second for ten different mechanisms.
+    It makes all cheap checks, and checks epsilons on a coarse grid: a second for ten different mechanisms.
     """
     try:
         wrong = [text for agrees, text in cheap(record) if agrees is False]
@@ -66,10 +66,10 @@ def misfit(record: Record) -> str:
 
 
 def experiment_of(record: Record) -> Experiment:
-    """The experiment that the hyper-parameters of a record describe; infinities are null in JSON.
+    """Returns the experiment that the hyper-parameters of a record describe; infinities are null in JSON.
 
     Raises:
-      TypeError, ValueError: they describe none.
+      TypeError, ValueError: they do not describe one.
     """
     infinite = {name: math.inf for name in ("epsilon", "clip_norm")}
     hyper = record["hyper_parameters"]
@@ -77,7 +77,7 @@ def experiment_of(record: Record) -> Experiment:
 
 
 def cheap(record: Record) -> list[Check]:
-    """The checks without accounting, some tenths of a millisecond."""
+    """Makes the checks without accounting, in some tenths of a millisecond."""
     e = experiment_of(record)
     mechanism = e.mechanism(record["data"]["training_examples"])
     return [
@@ -122,7 +122,7 @@ def _privacy(record: Record, e: Experiment, mechanism: privacy.Mechanism) -> Che
 
 
 def _ledger(record: Record, mechanism: privacy.Mechanism) -> Check:
-    """A step that was charged twice is in the ledger twice."""
+    """Compares the ledger with the steps; one that was charged twice is in the ledger twice."""
     charged, steps = privacy.counts_from_json(record["ledger"]), record["privacy"]["steps"]
     agrees = set(charged) <= {mechanism} and charged.get(mechanism, 0) >= steps
     return agrees, f"ledger: {charged or 'nothing'}, and {steps} steps of {mechanism} were made"
@@ -144,17 +144,20 @@ def _data(record: Record, e: Experiment) -> Check:
 
 
 def evaluated(record: Record) -> int:
-    """Number of images behind the accuracies of a record."""
+    """Returns the number of images behind the accuracies of a record."""
     return int(record["evaluated_on"].split()[0])
 
 
 def ties(n: int) -> int:
-    """Images of n that may be classified otherwise on another machine, where nobody has counted near-ties."""
+    """Returns how many of n images another machine may classify differently, without counting near-ties."""
     return max(1, n // 1000)
 
 
 def _accuracies(record: Record, e: Experiment) -> list[Check]:
-    """Accuracies are numbers of images, and those of the curve's last point, which may be of the first images."""
+    """Checks that accuracies are whole numbers of images, and agree with the curve's last point.
+
+    That point may be of the first images only.
+    """
     n, curve = evaluated(record), record.get("curve") or []
     right = {name: record["accuracy"][name] * n / 100 for name in ("raw", "ema")}
     whole = all(0 <= k <= n + 1e-6 and abs(k - round(k)) < 1e-6 * n for k in right.values())
@@ -182,17 +185,17 @@ def _accuracies(record: Record, e: Experiment) -> list[Check]:
 
 
 def accounted(record: Record, coarse: bool = False) -> list[Check]:
-    """Epsilons of the ledger, and that they are within the budget.
+    """Compares epsilons with those of the ledger, and with the budget.
 
     Args:
-      coarse: a quick look first, and the exact bound only if they differ.
+      coarse: compare on a coarse grid first, and exactly only if they differ.
     """
     p, counts = record["privacy"], privacy.counts_from_json(record["ledger"])
     privacy.find_accountant(p["calibrated_with"])
     made, target = [], _number(p["epsilon_target"])
 
     def compare(what, said, charged, accountant):
-        """Appends whether they agree; returns the epsilon to go by, None if it is not known."""
+        """Appends whether they agree; returns the epsilon to go by, None if it is unknown."""
         try:
             found = _epsilon(charged, p["delta"], accountant, coarse)
             if coarse and not _near(said, found):
@@ -200,7 +203,7 @@ def accounted(record: Record, coarse: bool = False) -> list[Check]:
         except (privacy.MissingAccountant, privacy.DeltaTooSmall) as error:
             made.append((None, f"{what} {said} was not recomputed: {error}"))
             return said
-        absent = said is None and found < math.inf  # recorded where no accountant was installed
+        absent = said is None and found < math.inf  # recorded without an accountant
         made.append((None if absent else _near(said, found), f"{what} {said}, from the ledger {found}"))
         return said if coarse and said is not None and _near(said, found) else found
 
@@ -214,7 +217,7 @@ def accounted(record: Record, coarse: bool = False) -> list[Check]:
             text = f"{what} {spent} is spent, of a budget of {target}"
             made.append((spent <= target * (1 + 1e-6), text))
     end = (record.get("curve") or [{}])[-1]
-    twice = sum(counts.values()) - p["steps"]  # charges of steps that were repeated, and not the same
+    twice = sum(counts.values()) - p["steps"]  # charges of steps that were repeated with another result
     if end.get("epsilon") is not None and len(counts) == 1 and not twice:
         once = dict.fromkeys(counts, end["step"])
         compare("epsilon at the end of the curve", end["epsilon"], once, p["calibrated_with"])
@@ -222,7 +225,7 @@ def accounted(record: Record, coarse: bool = False) -> list[Check]:
 
 
 def _near(said: float | None, found: float) -> bool:
-    """Infinity is null in JSON."""
+    """Compares two epsilons; infinity is null in JSON."""
     return math.isclose(_number(said), found, rel_tol=VERSIONS)
 
 
@@ -238,10 +241,10 @@ def _cached(counts, delta: float, accountant: str, coarse: bool) -> float:
 
 
 def changed(record: Record) -> dict[str, tuple[Any, Any]]:
-    """{field: (in the record, in the registry)} of what makes it another experiment than its name says.
+    """Returns {field: (in the record, in the registry)} of what differs from the experiment of that name.
 
     Raises:
-      KeyError, ValueError: the registry has no such name, or preset.
+      KeyError, ValueError: the registry has no such name or preset.
     """
     known = experiments.get(record["experiment"], record["preset"])
     own = experiment_of(record).identity_fields()
@@ -252,20 +255,23 @@ def changed(record: Record) -> dict[str, tuple[Any, Any]]:
 
 
 def noisier(record: Record) -> bool:
-    """Is there clearly more noise than calibration gives: is less than the budget spent after all updates?"""
+    """Returns whether there is clearly more noise than calibrated: all updates spend less than the budget."""
     p, target = record["privacy"], record["hyper_parameters"].get("epsilon")
     spent = p.get(f"epsilon_{p.get('calibrated_with')}")
     return not record["stopped"] and None not in (spent, target) and spent < target * (1 - VERSIONS)
 
 
 def in_words(different: dict[str, tuple[Any, Any]]) -> str:
-    """What `changed` found, e.g. "depth 10 (registry: 16)"."""
+    """Formats what `changed` found, e.g. "depth 10 (registry: 16)"."""
     return ", ".join(f"{name} {mine} (registry: {theirs})" for name, (mine, theirs) in different.items())
 
 
 def registered(record: Record) -> Check:
-    """A changed run is an experiment without a name, in no table: legal, and said. It must not invent a number
-    of the paper."""
+    """Compares settings with the registry.
+
+    A changed run is an experiment without a name and in no table, which is allowed and said; but it must not
+    claim another number of the paper.
+    """
     name, preset, paper = record["experiment"], record["preset"], record["paper"]
     if name not in experiments.names() or preset not in experiments.PRESETS:
         return True, f"registry: it has no {name} at preset {preset}, so this is in no table"
@@ -287,7 +293,7 @@ def registered(record: Record) -> Check:
 
 
 def files(record: Record, directory: pathlib.Path) -> list[Check]:
-    """What the files beside a record say: metadata of its weights, and its ledger."""
+    """Compares a record with the files beside it: metadata of its weights, and its ledger."""
     private = directory.parent / "private" if directory.name == "release" else directory
     weights, ledger = directory / "ema.safetensors", private / "ledger.jsonl"
     made = [_weights(record, weights)] if weights.is_file() else []
@@ -341,7 +347,7 @@ def _number(x: float | None) -> float:
 
 
 def _same(what: str, **pairs: tuple[Any, Any]) -> Check:
-    """Pairs (in the record, what it must be)."""
+    """Checks pairs (in the record, what it must be)."""
     wrong = [
         f"{name} must be {must}, got {got}" for name, (got, must) in pairs.items() if not _equal(got, must)
     ]

@@ -1,4 +1,4 @@
-"""Where a result comes from: versions, git revision, memory."""
+"""The provenance of a result: versions, git revision, memory."""
 
 import importlib.metadata
 import pathlib
@@ -9,7 +9,7 @@ PACKAGES = ("dpnb", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "dp-ac
 
 
 def peak_memory_mib() -> int | None:
-    """The most host memory that this process has held so far, MiB; None where nobody says."""
+    """Returns the most host memory that this process has held so far, in MiB; None if unavailable."""
     try:
         import resource
     except ImportError:  # not on this system
@@ -19,7 +19,7 @@ def peak_memory_mib() -> int | None:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that a result depends on."""
+    """Returns {package: version} of the packages that a result depends on."""
     found = {}
     for package in PACKAGES:
         try:
@@ -30,7 +30,7 @@ def versions() -> dict[str, str]:
 
 
 def git_revision() -> str:
-    """Of this checkout, with "+" if it is changed; "" outside one."""
+    """Returns the revision of this checkout, with "+" if dpnb's folder is changed; "" outside a checkout."""
     here = pathlib.Path(__file__).parents[1]
 
     def git(*args):

@@ -1,4 +1,4 @@
-"""What a record says of a run: enough to rebuild its experiment, and to recompute its epsilons from itself."""
+"""Makes records of runs, from which the experiment can be rebuilt and its epsilons recomputed."""
 
 import dataclasses
 import datetime
@@ -17,12 +17,12 @@ if TYPE_CHECKING:  # reading records needs no JAX
 
 
 def record(run: "Run", data: Dataset) -> dict[str, Any]:
-    """One run as plain JSON values; `recompute_epsilon` can check its privacy from itself.
+    """Describes one run in plain JSON values, from which alone `recompute_epsilon` can check its privacy.
 
-    Epsilons are recomputed from the ledger, under each accountant, at the experiment's delta;
-    None where the accountant is not installed (recompute later) and for infinity. A secret
-    seed (`seed=None`) is not in it, but hashes and exact statistics of the training data are:
-    `release.record` is what may be published.
+    Epsilons are recomputed from the ledger, under each accountant, at the experiment's delta; they are
+    None if infinite, or if the accountant is not installed (recompute later). A secret seed (`seed=None`)
+    is not in the record, but hashes and exact statistics of the training data are: only
+    `release.record` of it may be published.
     """
     e, mechanism = run.experiment, run.experiment.mechanism(len(data.train))
     return {
@@ -71,7 +71,7 @@ def record(run: "Run", data: Dataset) -> dict[str, Any]:
 
 
 def statement(result: dict[str, Any]) -> str:
-    """The privacy statement of a record, in prose."""
+    """Returns the privacy statement of a record, in prose."""
     public = result.get("pretrained")
     return privacy_statement(
         result["ledger"],
@@ -85,8 +85,10 @@ def statement(result: dict[str, Any]) -> str:
 
 
 def recompute_epsilon(events: list[dict[str, Any]], delta: float, accountant: str) -> float | None:
-    """Epsilon of a ledger; None for infinity, or where nobody can say: dp-accounting is not installed, or
-    delta is too small for PLD."""
+    """Returns the epsilon of a ledger.
+
+    It is None if infinite or unknown: dp-accounting is not installed, or delta is too small for PLD.
+    """
     try:
         return finite(privacy.epsilon(privacy.events_from_json(events), 1, delta, accountant))
     except (privacy.MissingAccountant, privacy.DeltaTooSmall):
@@ -94,5 +96,5 @@ def recompute_epsilon(events: list[dict[str, Any]], delta: float, accountant: st
 
 
 def finite(x: Any) -> Any:
-    """JSON has no infinity: None."""
+    """Returns x, or None for a float that is not finite, which JSON cannot hold."""
     return None if isinstance(x, float) and not math.isfinite(x) else x

@@ -1,7 +1,7 @@
-"""What of a run with a secret seed may leave the building: nothing exact about the training data.
+"""What may be published of a run with a secret seed: nothing exact about the training data.
 
 `release/` may be published, `private/` (see `dpnb.files.private_folder`) never. Both the record and the
-notebook are made by naming what is kept, so that a new item stays private until somebody decides otherwise.
+notebook are made by naming what is kept, so a new item stays private until it is added here.
 """
 
 import copy
@@ -11,21 +11,21 @@ from typing import Any
 from dpnb.files import private_folder
 from dpnb.privacy.randomness import random_bytes
 
-TAG = "release"  # of notebook cells whose printed text may be published
+TAG = "release"  # tags notebook cells whose printed text may be published
 RECORD, FULL_RECORD = "result.json", "full-result.json"
-# Items of a record that are made without the training data, or from noisy parameters.
+# Items of a record that do not depend on the training data, or only through noisy parameters.
 KEPT = (
     "experiment", "preset", "privacy", "augmult", "clip_norm", "seed", "accuracy", "loss", "evaluated_on", "pretrained",
     "paper", "devices", "machine", "versions", "git_revision", "stopped", "hyper_parameters", "ledger",
 )  # fmt: skip
-POINT = ("step", "epsilon", "raw_accuracy", "ema_accuracy")  # of a point of the curve
+POINT = ("step", "epsilon", "raw_accuracy", "ema_accuracy")  # what is kept of a point of the curve
 LEFT_OUT = "(left out: shows training data, statistics of them without noise, or a figure)\n"
 
 
 def keyed(fingerprint: str, seed: int) -> str:
-    """A hash of the data that only those who know the run's seed can recompute.
+    """Returns a hash of the data that only those who know the run's seed can recompute.
 
-    An unkeyed one would tell everybody which of two candidate data sets was trained on.
+    Without a key it would tell anyone which of two candidate data sets was trained on.
 
     >>> keyed("a0", 7)[:14], keyed("a0", 7) == keyed("a0", 8)
     ('keyed 5282423c', False)
@@ -34,13 +34,13 @@ def keyed(fingerprint: str, seed: int) -> str:
 
 
 def folder(directory: str | pathlib.Path, secret: bool, private: bool = True) -> pathlib.Path:
-    """Where record, statement and weights of a run go; made if missing.
+    """Returns the folder for record, statement and weights of a run, which is made if missing.
 
     Args:
       directory: of the run.
-      secret: whether its seed is secret: `release/`. Otherwise the data are public: `directory` itself.
-      private: whether the run has a privacy claim; without one, nothing of a secret run is released:
-        `private/`.
+      secret: whether its seed is secret; then it is `release/`, otherwise (the data are public) `directory`.
+      private: whether the run has a privacy claim; without one nothing of a secret run is released, and
+        it is `private/`.
     """
     if not (secret and private):
         return private_folder(directory, secret)
@@ -50,14 +50,14 @@ def folder(directory: str | pathlib.Path, secret: bool, private: bool = True) ->
 
 
 def record(full: dict[str, Any], seed: int) -> dict[str, Any]:
-    """The part of a run's record that may be published, with the keys that readers of records expect.
+    """Returns the part of a run's record that may be published, with the keys that readers of records expect.
 
     Args:
-      full: the record; its data fingerprint is keyed, its curve loses everything but `POINT`.
+      full: the record; its data fingerprint becomes a keyed one, and its curve keeps only `POINT`.
       seed: the run's secret.
     Returns:
-      As `dpnb.results.record`; seconds and peak memory, which tell batch sizes, are None, and `finished` is
-      a day.
+      Like `dpnb.results.record`, but seconds and peak memory, which reveal batch sizes, are None, and
+      `finished` is only a day.
     """
     kept = {name: full[name] for name in KEPT}
     data = {**full["data"], "fingerprint": keyed(full["data"]["fingerprint"], seed)}
@@ -67,9 +67,9 @@ def record(full: dict[str, Any], seed: int) -> dict[str, Any]:
 
 
 def notebook(executed: dict[str, Any]) -> dict[str, Any]:
-    """A copy of an executed notebook with the printed text of cells tagged `TAG`, and no other output.
+    """Copies an executed notebook with the printed text of cells tagged `TAG`, and no other output.
 
-    Figures go too, as nobody can search them; so do metadata, which tell how long each cell took.
+    Figures are left out too, as they cannot be searched, and so are metadata, which tell how long cells took.
 
     Args:
       executed: the notebook, as `json.loads` reads it.
@@ -87,7 +87,7 @@ def notebook(executed: dict[str, Any]) -> dict[str, Any]:
 
 
 def _text(output: dict[str, Any]) -> dict[str, Any] | None:
-    """What was printed or displayed as Markdown; None for an output of another kind."""
+    """Returns what was printed or displayed as Markdown; None for an output of another kind."""
     if output.get("name") == "stdout":
         return _printed(output["text"])
     markdown = output.get("data", {}).get("text/markdown")

@@ -1,4 +1,4 @@
-"""Records on disk: saved, loaded, and found again by experiment or cell."""
+"""Records on disk: saves and loads them, and finds them by experiment or cell."""
 
 import dataclasses
 import json
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 def save(run: "Run", data: Dataset, directory: str | pathlib.Path) -> dict[str, Any]:
     """Writes `result.json`, its `privacy.md`, and the averaged parameters (`ema.safetensors`, float32).
 
-    They go to `directory`, where the data are public. With a secret seed they go to `directory/release`
-    (`directory/private`, if the run has no privacy claim) without anything exact about the training data, and
-    the full record to `directory/private/full-result.json`.
+    They go to `directory` if the data are public. With a secret seed they go to `directory/release`
+    (`directory/private` if the run has no privacy claim) without anything exact about the training data, and
+    the full record goes to `directory/private/full-result.json`.
 
     Returns:
-      The record as in `result.json`.
+      The record as in `result.json`; processes other than the first write nothing and get the full record.
     """
     import jax
 
@@ -53,11 +53,12 @@ def save(run: "Run", data: Dataset, directory: str | pathlib.Path) -> dict[str, 
 
 
 def as_json(made: dict[str, Any]) -> str:
+    """Formats a record as the text of its file; a number that is not finite raises ValueError."""
     return json.dumps(made, indent=1, allow_nan=False) + "\n"
 
 
 def flatten(params: Any, prefix: str = "") -> dict[str, np.ndarray]:
-    """Nested parameters as {"blocks/0/conv1/kernel": array, ...}."""
+    """Flattens nested parameters to {"blocks/0/conv1/kernel": array, ...}."""
     if not isinstance(params, dict):
         return {prefix.rstrip("/"): np.asarray(params)}
     parts = [flatten(v, f"{prefix}{k}/") for k, v in params.items()]
@@ -65,7 +66,7 @@ def flatten(params: Any, prefix: str = "") -> dict[str, np.ndarray]:
 
 
 def load(root: str | pathlib.Path, name: str = release.RECORD) -> list[dict[str, Any]]:
-    """All records below a directory, oldest first; full ones of secret runs by `release.FULL_RECORD`."""
+    """Loads all records below a directory, oldest first; `release.FULL_RECORD` names those of secret runs."""
     found = [json.loads(p.read_text()) for p in sorted(pathlib.Path(root).rglob(name))]
     return sorted(found, key=lambda r: r["finished"])
 
@@ -73,13 +74,12 @@ def load(root: str | pathlib.Path, name: str = release.RECORD) -> list[dict[str,
 def matching_records(
     experiment: experiments.Experiment, records: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The finished records of this experiment, whatever name and seed it ran under.
+    """Returns the finished records of this experiment, whatever name and seed it ran under.
 
-    A cell that stands in several tables is trained once: the records that match are those whose
-    hyper-parameters are all equal, what was calibrated (None in `experiment`) left out: calibrated noise is
-    that which spends the budget. One that does not bear them out (its epsilons, mechanism, ledger, data or
-    accuracies are others) is left out with the warning `dpnb.results.consistency.LeftOut`; weights are not looked
-    at, see `dpnb verify`.
+    A cell that appears in several tables is trained once. A record matches if all hyper-parameters are equal,
+    except those that were calibrated (None in `experiment`); calibrated noise must spend the budget. A record
+    that contradicts them (in epsilons, mechanism, ledger, data or accuracies) is left out with the warning
+    `dpnb.results.consistency.LeftOut`. Weights are not examined, see `dpnb verify`.
     """
     default = {f.name: f.default for f in dataclasses.fields(experiment)}
     wanted = {k: finite(v) for k, v in experiment.identity_fields().items() if v is not None}
@@ -93,13 +93,14 @@ def matching_records(
 
 
 def _fits(record: dict[str, Any]) -> bool:
-    """Whether a record bears out its hyper-parameters; warns if not."""
+    """Returns whether a record agrees with its hyper-parameters; warns if it does not."""
     if why := misfit(record):
         warn_left_out(record, why)
     return not why
 
 
 def warn_left_out(record: dict[str, Any], why: str) -> None:
+    """Warns (`LeftOut`) that a record is in no table, and says why."""
     which = (
         f"{record['experiment']} [{record['preset']}, seed {record['seed']}, finished {record['finished']}]"
     )
@@ -107,7 +108,7 @@ def warn_left_out(record: dict[str, Any], why: str) -> None:
 
 
 def runs_of_cell(name: str, preset: str, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The records of one cell of a table, one per seed: runs whose settings were changed are others."""
+    """Returns the records of one cell of a table, one per seed, without runs whose settings were changed."""
     runs = [
         r
         for r in matching_records(experiments.get(name, preset), records)
@@ -117,6 +118,6 @@ def runs_of_cell(name: str, preset: str, records: list[dict[str, Any]]) -> list[
 
 
 def one_per_seed(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of several records of one published seed the last; secret seeds all differ, and all stay."""
+    """Keeps the last of several records of one published seed; secret seeds all differ, and all are kept."""
     published = {r["seed"]: r for r in runs if r["seed"] is not None}
     return [*published.values(), *(r for r in runs if r["seed"] is None)]

@@ -1,4 +1,4 @@
-"""Studies: many cells of one record each, as data frames, differences and curves."""
+"""Studies: the records of many cells as data frames, differences and curves."""
 
 import math
 from typing import Any, NamedTuple
@@ -13,12 +13,12 @@ from dpnb.results.tables import markdown, minutes
 
 
 def summary(cells: list[experiments.Experiment], records: list[dict[str, Any]], fields=()):
-    """Mean, standard deviation and number of runs of each cell of a study, one run per seed.
+    """Computes mean, standard deviation and number of runs of each cell of a study, one run per seed.
 
     Args:
-      cells: at one preset, seed of no matter; each takes the records that `matching_records` finds for it.
+      cells: at one preset, with any seed; each takes the records that `matching_records` finds for it.
       records: as `load` returns them.
-      fields: further fields of the experiments to have as columns, e.g. ("learning_rate",).
+      fields: further fields of the experiments to add as columns, e.g. ("learning_rate",).
     Returns:
       pandas.DataFrame, one row per cell, in that order: cell, network, B (expected batch size, images),
       T (updates), K (views per image), `fields`, epsilon (see `spent`; that of the default accountant) and
@@ -63,10 +63,10 @@ def summary(cells: list[experiments.Experiment], records: list[dict[str, Any]], 
 
 
 def spent(result: dict[str, Any], accountant: str = privacy.DEFAULT_ACCOUNTANT) -> float:
-    """Epsilon of a record: infinity for a run that is not private, NaN if nobody computed it.
+    """Returns the epsilon of a record: infinity for a run that is not private, NaN if it was not computed.
 
     Raises:
-      ValueError: an unknown accountant.
+      ValueError: the accountant is unknown.
     """
     privacy.find_accountant(accountant)
     p = result["privacy"]
@@ -77,7 +77,7 @@ def spent(result: dict[str, Any], accountant: str = privacy.DEFAULT_ACCOUNTANT) 
 
 
 def scale(frame) -> str:
-    """What the cells of a `summary` run at: "WRN-10-1, B 128 to 512, T 77, K 0 to 2".
+    """Describes the scale of the cells of a `summary`: "WRN-10-1, B 128 to 512, T 77, K 0 to 2".
 
     B: images per update; T: updates; K: views per image.
     """
@@ -90,12 +90,12 @@ def scale(frame) -> str:
 
 
 def counts(frame) -> str:
-    """Runs behind the cells of a `summary`: "n = 2", or one number per cell: "n = 3, 3, 2"."""
+    """Says how many runs each cell of a `summary` has: "n = 2", or one number per cell: "n = 3, 3, 2"."""
     return "n = " + ", ".join(map(str, frame["n"] if frame["n"].nunique() > 1 else frame["n"][:1]))
 
 
 def study(frame) -> str:
-    """A `summary` as a Markdown table, each different run once, and what the records say of their images."""
+    """Formats a `summary` as a Markdown table, each different run once, with the notes about their images."""
     text = markdown(tidy(frame[frame["first"]].drop(columns=["first", "note"])))
     if np.isinf(frame["epsilon"]).any():
         text += "\n\nEpsilon inf: no noise, or (sigma below 0.1) too little to be accounted."
@@ -104,12 +104,12 @@ def study(frame) -> str:
 
 
 def tidy(frame, digits: int = 2):
-    """A data frame to be shown: rounded, "-" where there is no number."""
+    """Rounds a data frame for display, with "-" in place of missing numbers."""
     return frame.round(digits).astype(object).fillna("-")
 
 
 class Difference(NamedTuple):
-    """Mean accuracy of one cell minus that of another (points), its standard error, runs of each."""
+    """Mean accuracy of one cell minus that of another (points), its standard error, and the runs of each."""
 
     mean: float
     error: float
@@ -118,10 +118,10 @@ class Difference(NamedTuple):
 
 
 def difference(frame, cell: str, other: str) -> Difference:
-    """How much better `cell` is than `other`, two rows of a `summary`, over all seeds of each.
+    """Computes how much better `cell` is than `other`, two rows of a `summary`, over all seeds of each.
 
-    Runs are independent, also at one seed (two releases must not share noise), so nothing is paired: the
-    standard error is sqrt(s^2 / n + s_other^2 / n_other), NaN where an n is below 2.
+    Runs are independent even with the same seed (two releases must not share noise), so nothing is paired:
+    the standard error is sqrt(s^2 / n + s_other^2 / n_other), NaN if an n is below 2.
     """
     a, b = (frame[frame["cell"] == name].iloc[0] for name in (cell, other))
     error = math.sqrt(a["ema_std"] ** 2 / max(a["n"], 1) + b["ema_std"] ** 2 / max(b["n"], 1))
@@ -129,11 +129,11 @@ def difference(frame, cell: str, other: str) -> Difference:
 
 
 def differences(frame, pairs: list[tuple[str, str, str]]):
-    """The `difference` of each pair of cells that both have runs.
+    """Computes the `difference` of each pair of cells that both have runs.
 
     Args:
       frame: from `summary`.
-      pairs: (what it is, cell with it, cell without it).
+      pairs: (what is compared, cell with it, cell without it).
     Returns:
       pandas.DataFrame: what, points, standard error, n with, n without.
     """
@@ -145,11 +145,11 @@ def differences(frame, pairs: list[tuple[str, str, str]]):
 
 
 def series(records: list[dict[str, Any]]) -> dict[str, list[tuple[float, float, float | None]]]:
-    """Everybody's accuracy against epsilon on CIFAR-10 without extra data, for `plots.accuracy_epsilon`.
+    """Collects accuracy against epsilon on CIFAR-10 without extra data, for `plots.accuracy_epsilon`.
 
     Returns:
       {label: [(epsilon, test accuracy in percent, standard deviation or None), ...]}: ours, by network and
-      preset (runs whose settings were changed are not in it), the paper's, and `experiments.literature`.
+      preset (without runs whose settings were changed), the paper's, and those of `experiments.literature`.
     """
     made, paper = {}, {}
     for name in ("scatter-linear", "wrn-16-4", "wrn-40-4"):
@@ -182,7 +182,7 @@ def series(records: list[dict[str, Any]]) -> dict[str, list[tuple[float, float, 
 
 
 def _unverified(sources: list[tuple[float, str]]) -> str:
-    """What to add to the label of such points, (epsilon, source): "" if all were checked."""
+    """Returns what to add to the label of points (epsilon, source): "" if all were checked."""
     checked = [f"{epsilon:g}" for epsilon, source in sources if "unverified" not in source]
     if len(checked) == len(sources):
         return ""

@@ -1,4 +1,4 @@
-"""The tables "paper | ours | difference", and what a row may say of itself."""
+"""The tables "paper | ours | difference", and the text of their rows."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,11 +10,11 @@ from dpnb.experiments import imagenet
 from dpnb.results.consistency import MALFORMED, changed, in_words
 from dpnb.results.store import runs_of_cell, warn_left_out
 
-WITHIN = 1.0  # points: re-runs of one setting spread by 0.8 to 0.9
+WITHIN = 1.0  # points; repeated runs of one setting spread by 0.8 to 0.9
 
 
 def row(result: dict[str, Any]) -> str:
-    """One run in one line, beside the paper's number."""
+    """Describes one run in one line, beside the paper's number."""
     p, paper = result["privacy"], result["paper"]
     epsilons = ", ".join(
         f"{name.upper()} {p[f'epsilon_{name}']:.3f}"
@@ -33,17 +33,18 @@ def row(result: dict[str, Any]) -> str:
 
 
 def table(pattern: str, results: list[dict[str, Any]]):
-    """The paper's numbers beside ours: one row per experiment and preset that was run.
+    """Puts the paper's numbers beside ours: one row per experiment and preset that was run.
 
     Args:
       pattern: of experiment names, e.g. "cifar10/*".
       results: records, as `load` returns them.
     Returns:
       pandas.DataFrame; ours is EMA accuracy in percent, mean +- standard deviation over n seeds.
-      A row that neither the paper nor we have a number for is left out (`dpnb list` has them all).
-      A difference is shown at preset "paper" only: other presets are other experiments. Runs whose
-      hyper-parameters were changed are experiments without a name, and not in it; nor is what does not fit
-      its row (see `matching_records`). Of both the warning `dpnb.results.consistency.LeftOut` says why.
+      A row without a number of the paper or of ours is left out (`dpnb list` shows all experiments).
+      A difference is shown at preset "paper" only, since other presets are other experiments. Runs whose
+      hyper-parameters were changed, which are experiments without a name, are left out, and so are records
+      that do not fit their row (see `matching_records`); the warning `dpnb.results.consistency.LeftOut`
+      says why.
     """
     import pandas
 
@@ -74,7 +75,7 @@ def table(pattern: str, results: list[dict[str, Any]]):
 
 
 def excerpt(rows: Sequence[tuple[str, str]], results: list[dict[str, Any]]):
-    """Some rows of `table`, (experiment, preset), with the columns that fit a short page.
+    """Returns some rows of `table`, given as (experiment, preset), with the columns that fit a short page.
 
     Raises:
       ValueError: there is no record for one of them.
@@ -91,7 +92,7 @@ def excerpt(rows: Sequence[tuple[str, str]], results: list[dict[str, Any]]):
 
 
 def _say_changed(records: list[dict[str, Any]]) -> None:
-    """A warning for each record whose settings are not those of the row that it names, or that was stopped."""
+    """Warns about each record whose settings are not those of the row that it names, or that was stopped."""
     for r in records:
         try:
             different = in_words(changed(r))
@@ -104,7 +105,7 @@ def _say_changed(records: list[dict[str, Any]]) -> None:
 
 
 def status(experiment: experiments.Experiment, results: list[dict[str, Any]]) -> str:
-    """What the records at preset "paper" say (see `verdict`), else "runnable" and what was run smaller."""
+    """Sums up the records at preset "paper" (see `verdict`), or says "runnable" and what was run smaller."""
     runs = {preset: runs_of_cell(experiment.name, preset, results) for preset in experiments.PRESETS}
     if full := runs["paper"]:
         return f"{verdict(experiment, full)} (n = {len(full)})"
@@ -114,8 +115,10 @@ def status(experiment: experiments.Experiment, results: list[dict[str, Any]]) ->
 
 
 def published(experiment: experiments.Experiment) -> str:
-    """The published number with its spread, "(unverified)" where it was not checked, whose it is where it is
-    not the paper's, "-" where nothing is known."""
+    """Formats the published number with its spread, "-" if none is known.
+
+    "(unverified)" follows if it was not checked, and its authors if it is not the paper's.
+    """
     number, source = spread(experiment.paper_mean, experiment.paper_std), experiment.paper_source
     if experiment.paper_mean is None:
         return number
@@ -124,7 +127,7 @@ def published(experiment: experiments.Experiment) -> str:
 
 
 def possibility(experiment: experiments.Experiment) -> str:
-    """Can anybody run it, and (on ImageNet and Places) for how many hours of one accelerator?"""
+    """Says whether an experiment can be run, and (ImageNet, Places) in how many hours of one accelerator."""
     if experiment.impossible:
         return "impossible in public"
     if experiment.dataset not in imagenet.EXAMPLES:
@@ -135,8 +138,11 @@ def possibility(experiment: experiments.Experiment) -> str:
 
 
 def verdict(experiment: experiments.Experiment, runs: list[dict[str, Any]]) -> str:
-    """Of runs at full scale: "reproduced" is a mean of at most a point below the published one; "reached, by
-    our own way" where that is of other authors, whose method differs from ours."""
+    """Judges runs at full scale.
+
+    "reproduced" means that the mean is at most a point below the published one, or above it; "reached, by our
+    own way" means the same if that one is of other authors, whose method differs from ours.
+    """
     if experiment.paper_mean is None:
         return "run, nothing published"
     ours = np.mean([r["accuracy"]["ema"] for r in runs])
@@ -145,18 +151,18 @@ def verdict(experiment: experiments.Experiment, runs: list[dict[str, Any]]) -> s
 
 
 def spread(mean: float | None, std: float | None) -> str:
-    """ "81.4 +- 0.2", "81.4" where the spread is unknown, "-" where nothing is."""
+    """Formats "81.4 +- 0.2", "81.4" if the spread is unknown, "-" if nothing is known."""
     return "-" if mean is None else f"{mean}" if std is None else f"{mean} +- {std}"
 
 
 def markdown(frame) -> str:
-    """A data frame as a Markdown table."""
+    """Formats a data frame as a Markdown table."""
     rows = [frame.columns, ["---"] * len(frame.columns), *frame.astype(str).values]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def insert(document: str, name: str, frame) -> str:
-    """`document` with the table between its markers `<!-- table NAME -->` and `<!-- end -->` renewed.
+    """Renews the table between the markers `<!-- table NAME -->` and `<!-- end -->` of a document.
 
     Raises:
       ValueError: the document has no such markers.
@@ -186,5 +192,5 @@ def _ours(runs, preset, experiment) -> dict[str, Any]:
 
 
 def minutes(runs: list[dict[str, Any]]) -> list[float]:
-    """What each run took; released records of secret runs do not say."""
+    """Returns the minutes that each run took; released records of secret runs do not say."""
     return [r["seconds"] / 60 for r in runs if r["seconds"] is not None]

@@ -1,4 +1,4 @@
-"""Does a record hold?  Against its own files, the registry, the data, and its weights; what no check can show."""
+"""Verifies a record against its files, the registry, the data and its weights; says what stays unproven."""
 
 import dataclasses
 import json
@@ -28,15 +28,19 @@ LIMITS = (
     "note no check can show that these weights came from these steps, of this mechanism under these settings: "
     "whoever wrote the record says so, as of the raw loss, seconds, devices and versions"
 )
-# The share of the largest logit by which the true class wins or loses where rounding may decide.
+# Rounding may decide if the true class wins or loses by less than this share of the largest logit.
 TIE = {"float32": 1e-3, "bfloat16": 1e-2}
-MOST_TIES = 0.01  # of all images: a network that gives all classes the same is not excused
+MOST_TIES = 0.01  # of all images: a network that gives all classes the same logit is not excused
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """ok: everything that could be checked agrees; complete: nothing had to be left out;
-    lines: what was checked, in words ("ok", "FAIL", or "--" for what could not be), `LIMITS` at the end."""
+    """The outcome of `verify`.
+
+    ok: everything that could be checked agrees.
+    complete: nothing had to be left out.
+    lines: what was checked ("ok", "FAIL", or "--" for what could not be), with `LIMITS` at the end.
+    """
 
     ok: bool
     complete: bool
@@ -46,20 +50,20 @@ class Report:
 def verify(directory: str | pathlib.Path, *, data_dir=None, data_file=None) -> Report:
     """Rebuilds what `directory/result.json` says from hyper-parameters, data and weights, and compares.
 
-    Privacy block and ledger are held against the mechanism, epsilons against the ledger, all of it against the
-    ledger file and the metadata of the weights where they are, the settings against the registry, and EMA
-    accuracy and loss against the weights. Accuracies agree if they differ by no more images than are near-ties,
-    which another machine may decide otherwise. Raw accuracy has no weights; the curve stands for it, as far
-    as it goes. That these weights came from these steps cannot be shown.
+    The privacy block and the ledger are compared with the mechanism, epsilons with the ledger, both with the
+    ledger file and the metadata of the weights if these exist, the settings with the registry, and EMA
+    accuracy and loss with the weights. Accuracies agree if they differ by no more images than there are
+    near-ties, which another machine may decide differently. There are no weights for the raw accuracy; it is
+    compared with the curve, as far as that goes. That these weights came from these steps cannot be shown.
+    Without the data set or the weights only the record is checked, and the report says so (`dpnb verify` then
+    exits with status 3).
 
     Args:
-      directory: with `result.json` and `ema.safetensors`; of a run with a secret seed the one that holds
-        `release/`, or that itself. The data of such a run are checked if `private/` lies beside it.
-      data_dir, data_file: as for `dpnb.data.load`.
+      directory: holds `result.json` and `ema.safetensors`; for a run with a secret seed it is `release/`, or
+        the folder around it. The data of such a run are checked if `private/` is beside it.
+      data_dir, data_file: `data_dir` and `file` of `dpnb.data.load`.
     Raises:
-      FileNotFoundError: no such record.
-    Without the data set or the weights the record alone is checked, and the report says so
-    (`dpnb verify` then ends with exit status 3).
+      FileNotFoundError: there is no such record.
     """
     directory, private = places(pathlib.Path(directory))
     record = json.loads((directory / release.RECORD).read_text())
@@ -67,7 +71,7 @@ def verify(directory: str | pathlib.Path, *, data_dir=None, data_file=None) -> R
     try:
         experiment, recorded = experiment_of(record), record["data"]["fingerprint"]
         name, note = record["data"]["name"], record["data"]["note"]
-    except (AttributeError, KeyError, TypeError, ValueError):  # which `consistency` has said
+    except (AttributeError, KeyError, TypeError, ValueError):  # `consistency` has reported it
         return report(
             [*checks, (None, "accuracy and data were not checked: the record does not say of what")]
         )
@@ -100,7 +104,7 @@ def verify(directory: str | pathlib.Path, *, data_dir=None, data_file=None) -> R
 
 
 def places(directory: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
-    """Where the record is, and where the run keeps what it does not publish (with a published seed: there too)."""
+    """Returns the folder of the record and that of the run's private files (the same if all is public)."""
     for secret in ("release", "private"):
         if not (directory / release.RECORD).is_file() and (directory / secret / release.RECORD).is_file():
             directory = directory / secret
@@ -117,7 +121,7 @@ def _sizes(record: dict[str, Any], found: data.Dataset) -> Check:
 
 
 def _fingerprint(fingerprint: str, recorded: str, private: pathlib.Path, note: str) -> Check:
-    """A secret run names its data by a keyed hash, which only those who have its seed can recompute."""
+    """Compares fingerprints; that of a secret run is keyed, and can be recomputed only with its seed."""
     if recorded.startswith("keyed "):
         if not (private / "seed.secret").is_file():
             return (
@@ -130,8 +134,8 @@ def _fingerprint(fingerprint: str, recorded: str, private: pathlib.Path, note: s
     return same, f"data fingerprint {fingerprint[:16]}, recorded {recorded[:16]}{note}"
 
 
-def _accuracy(record, experiment: Experiment, found: data.Dataset, weights: pathlib.Path) -> list[Check]:
-    arrays = load_file(weights)
+def _accuracy(record, experiment: Experiment, found: data.Dataset, file: pathlib.Path) -> list[Check]:
+    arrays = load_file(file)
     found = features.prepare(experiment, found)
     params, apply = functional(make_model(experiment, len(found.classes), initial_rngs(0)))
     m = measure(apply, unflatten(arrays, params), found.test, found.recipe, TIE[experiment.compute_dtype])
@@ -149,14 +153,14 @@ def _accuracy(record, experiment: Experiment, found: data.Dataset, weights: path
 
 
 def _same_loss(said: float | None, found: float) -> bool:
-    """What is not finite is null in JSON."""
+    """Compares two losses; what is not finite is null in JSON."""
     if said is None or not np.isfinite(found):
         return said is None and not np.isfinite(found)
     return abs(said - found) <= 0.01 * found + 1e-4
 
 
 class Measured(NamedTuple):
-    """Images that are classified rightly; near-ties: those where rounding may decide; mean loss in nats."""
+    """Numbers of images classified correctly and of near-ties, decided by rounding; mean loss in nats."""
 
     right: int
     ties: int
@@ -164,10 +168,11 @@ class Measured(NamedTuple):
 
 
 def measure(apply: Callable, params, split, recipe: Recipe, tie: float, batch_size: int = 250) -> Measured:
-    """As `dpnb.training.evaluation.make_evaluate`, and how many images are near-ties.
+    """Evaluates like `dpnb.training.evaluation.make_evaluate`, and counts near-ties.
 
     Args:
       apply: `(params, inputs float [batch, ...]) -> logits [batch, classes]`.
+      split, recipe, batch_size: as for `make_evaluate`.
       tie: a near-tie is an image whose true class wins or loses by less than this share of its largest logit.
     """
 
@@ -185,7 +190,7 @@ def measure(apply: Callable, params, split, recipe: Recipe, tie: float, batch_si
 
     parts = []
     for images, labels in split.batches(batch_size):
-        padding = batch_size - len(labels)  # one compilation
+        padding = batch_size - len(labels)  # one static size, so one compilation
         images = np.pad(images, [(0, padding)] + [(0, 0)] * (images.ndim - 1))
         made = forward(images, np.pad(labels, (0, padding)).astype(np.int32))
         parts.append([np.asarray(x)[: len(labels)] for x in made])
@@ -194,7 +199,7 @@ def measure(apply: Callable, params, split, recipe: Recipe, tie: float, batch_si
 
 
 def report(checks: list[Check]) -> Report:
-    """The report on checks (does it agree or None, what was compared)."""
+    """Makes the report on checks."""
     sign = {True: "ok  ", False: "FAIL", None: "--  "}
     lines = [f"{sign[agrees]} {text}" for agrees, text in checks]
     known = [agrees for agrees, _ in checks]
@@ -202,7 +207,13 @@ def report(checks: list[Check]) -> Report:
 
 
 def unflatten(arrays: dict[str, np.ndarray], like, prefix: str = ""):
-    """The inverse of `results.flatten`; shapes must be those of `like`."""
+    """Inverts `results.flatten`.
+
+    Args:
+      like: nested parameters of the wanted names and shapes.
+    Raises:
+      ValueError: an array is missing or has another shape.
+    """
     if isinstance(like, dict):
         return {k: unflatten(arrays, v, f"{prefix}{k}/") for k, v in like.items()}
     name = prefix.rstrip("/")

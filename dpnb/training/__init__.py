@@ -1,4 +1,4 @@
-"""Training: one update's compiled pieces, the loop that pays for each, checkpoints, evaluation, and what it will cost."""
+"""Training: an update's compiled pieces, the loop that pays for each, checkpoints, evaluation and cost."""
 
 from dpnb.training.checks import UnsoundTrainer, check_trainer
 from dpnb.training.cost import Cost, predict

@@ -1,4 +1,4 @@
-"""Checkpoints (Orbax): the whole state of a run, so that a resumed run ends identical to the bit."""
+"""Checkpoints (Orbax) of the whole state of a run, so that a resumed run ends identical to the bit."""
 
 import pathlib
 import shutil
@@ -10,10 +10,10 @@ import orbax.checkpoint as ocp
 
 
 class Checkpoints:
-    """The checkpoints of one run in `directory/checkpoints`, the newest two of them.
+    """Keeps the newest two checkpoints of one run in `directory/checkpoints`.
 
-    Raises:
-      ValueError: the directory holds the checkpoints of another experiment.
+    Args:
+      fingerprint: of the experiment, its data and its seed; `restore` refuses the checkpoints of another one.
     """
 
     def __init__(self, directory: pathlib.Path, fingerprint: str):
@@ -22,13 +22,13 @@ class Checkpoints:
         self.fingerprint, self.directory = fingerprint, directory
 
     def save(self, state: Any, notes: dict[str, Any]) -> None:
-        """Writes atomically: a run killed while writing resumes from the checkpoint before.
+        """Writes a checkpoint atomically: a run killed while writing resumes from the one before.
 
         Args:
           state: a `dpnb.training.state.State`; its key is not written.
-          notes: JSON values to find again beside it.
+          notes: JSON values to restore with it.
         """
-        # The key is derived from the seed, and whoever has it has the noise: it stays out.
+        # The key is derived from the seed and determines the augmentation, so it is not written.
         state = state._replace(key=jax.numpy.zeros_like(state.key))
         extra = {"fingerprint": self.fingerprint, "notes": notes}
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(extra))
@@ -37,12 +37,12 @@ class Checkpoints:
             self.manager.save(step, args=args)
 
     def restore(self, like: Any) -> tuple[Any, dict[str, Any]]:
-        """The newest state that can be read, on the devices as `like`, and its notes; else (like, {}).
+        """Returns the newest readable state, on the devices of `like`, and its notes; else (like, {}).
 
-        A newer one that is damaged is set aside with a warning: the updates since are repeated.
+        Newer ones that are damaged are set aside with a warning, and the updates since are repeated.
 
         Raises:
-          ValueError: it is another experiment's, or none of several can be read.
+          ValueError: it is another experiment's, or there are checkpoints but none can be read.
         """
         for step in sorted(self.manager.all_steps(), reverse=True):
             try:
@@ -80,11 +80,12 @@ class Checkpoints:
         return extra, self.manager.restore(step, args=args).state
 
     def _set_aside(self, step: int) -> None:
-        """Out of the way of the checkpoint that will be written at this step again."""
+        """Moves a damaged checkpoint away, as another one will be written at this step."""
         folder = self.directory / "checkpoints"
         if jax.process_index() == 0:
             shutil.move(folder / str(step), self.directory / f"damaged-checkpoint-{step}")
         self.manager.reload()
 
     def close(self) -> None:
+        """Releases Orbax's manager."""
         self.manager.close()

@@ -1,12 +1,12 @@
-"""Checks of a trainer before anything is spent: is all of its noise there, is every example clipped, is the draw fair?
+"""Checks a trainer before anything is spent: its noise is complete, every example clipped, the draw fair.
 
-The accountant believes all three. The audit (`dpnb.audit`) attacks the whole, and cannot see noise that is left out on
-one leaf, a clip after the sum, a batch that is always the same, or a draw that is cut short. So here the parts are
-looked at one by one, for any model and optimizer. Up to the optimizer everything is arithmetic of integers, so that
-what an update must not depend on can be asked to the bit.
+The accountant takes all three for granted. The audit (`dpnb.audit`) attacks the whole, and cannot see noise
+that is missing in one leaf, a clip after the sum, a batch that is always the same, or a draw that is cut
+short. So the parts are examined here one by one, for any model and optimizer. Up to the optimizer all
+arithmetic is in integers, so independence of an update from something can be tested to the bit.
 
-No training image is read: gradients are those of made-up images. Noise and batches that are drawn are thrown away.
-Nothing is released, nothing is charged, and a report says nothing about the data.
+No training image is read: gradients are those of made-up images. Noise and batches that are drawn are thrown
+away. Nothing is released, nothing is charged, and a report says nothing about the data.
 """
 
 import dataclasses
@@ -18,29 +18,33 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
-from dpnb.training import seeds, state, update
+from dpnb.training import seeds, update
 from dpnb.training.sharding import batch_sharding, fetch_replicated, put, replicated
-from dpnb.training.state import Accumulator, BatchMetrics
+from dpnb.training.state import Accumulator, BatchMetrics, State
 from dpnb.training.update import Trainer
 
-ALARM = 1e-9  # how likely, at most, a sound trainer fails `check_trainer`
-OWN_SEED = 0x636865636B  # of made-up images and of draws that are the check's own
-NUMBERS = 200_000  # of noise, at least, where it takes at most 64 draws
+ALARM = 1e-9  # the largest probability with which a sound trainer fails `check_trainer`
+OWN_SEED = 0x636865636B  # for made-up images, and for the check's own draws
+NUMBERS = 200_000  # numbers of noise to draw, in at most 64 draws
 FIRST = 1000  # numbers of a leaf that are compared with those of all others
-DRAWS = 10_000_000  # of single examples; batches: 20 at least, 1,000 at most
-LARGE = 2**31  # bytes of training images that are not made up a second time
-STEEP = 30  # parameters are multiplied by it, for gradients beyond the clip norm
+DRAWS = 10_000_000  # single examples to draw, in at least 20 and at most 1,000 batches
+LARGE = 2**31  # bytes of training images beyond which no copy of the same shape is made up
+STEEP = 30  # parameters are multiplied by it, to get gradients beyond the clip norm
 
-Finding = tuple[bool | None, str]  # it passed, failed (False), or could not be checked (None); in words
+Finding = tuple[bool | None, str]  # passed (True), failed (False) or could not be checked (None); in words
 
 
 class UnsoundTrainer(ValueError):
-    """What a trainer does is not what its epsilon is computed for."""
+    """A trainer does something else than what its epsilon is computed for."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """ok: nothing failed; lines: of every check, that it passed, failed, or what could not be checked."""
+    """The outcome of `check_trainer`.
+
+    ok: nothing failed.
+    lines: one for each check, which passed, failed, or could not be made.
+    """
 
     ok: bool
     lines: tuple[str, ...]
@@ -49,38 +53,42 @@ class Report:
         return "\n".join(self.lines)
 
     def raise_if_failed(self) -> None:
-        """Raises:
-        UnsoundTrainer: a check failed; with all lines.
+        """Raises an error if a check failed.
+
+        Raises:
+          UnsoundTrainer: with all lines.
         """
         if not self.ok:
             raise UnsoundTrainer(f"the trainer must do what its epsilon is computed for, but\n{self}")
 
 
 def check_trainer(trainer: Trainer) -> Report:
-    """Looks for faults that break the privacy claim, at the cost of about a dozen physical batches and ten updates.
+    """Looks for faults that break the privacy claim, in about a dozen physical batches and ten updates.
 
-    The update, exact: it depends on nothing but the sum of clipped gradients plus the noise, in every leaf of
-    parameters, averages and optimizer, and not on the size or the losses of its batch. So an update of an empty
-    batch has all the noise that was drawn, once, whatever the optimizer and the number of devices. At the first
-    parameters, and after one update.
-    The noise, by chance: over up to 64 steps and two seeds, each leaf and all together have the mean, the scale
-    (neither less nor more than sigma clip norms) and the law; none is that of another step, leaf or seed.
-    The clip, exact: one made-up example moves the sum by what it adds alone, at most the clip norm, whatever else is
-    in the batch and was summed before, and in whatever place; padding adds nothing, nor do gradients that are NaN.
-    At the first parameters, and at steeper ones.
-    The sampler, by chance: with its own and another seed, the sizes of batches, how often each example comes, how
-    many examples two successive batches share, and how many batches two neighbouring examples; and that physical
-    batches hold what was drawn (not asked of photographs, which would be read). A shuffled one, whose epsilon is
-    nominal: batches of one size, nobody twice.
+    The update (exact): it depends on nothing but the sum of clipped gradients plus the noise, in every leaf
+    of parameters, averages and optimizer, and not on the size or the losses of its batch. So an update of an
+    empty batch contains all the noise that was drawn, once, whatever the optimizer and the number of devices.
+    This is checked at the first parameters and after one update.
+    The noise (statistical): over up to 64 steps and two seeds, each leaf and all together have the right
+    mean, scale (neither less nor more than sigma clip norms) and distribution; no noise repeats that of
+    another step, leaf or seed.
+    The clip (exact): one made-up example changes the sum by what it adds alone, at most the clip norm,
+    whatever else is in the batch or was summed before, and whatever its place; neither padding nor NaN
+    gradients add anything. This is checked at the first parameters and at steeper ones.
+    The sampler (statistical): with its own and another seed, it checks the sizes of batches, how often each
+    example is drawn, how many examples two successive batches share, and how many batches two neighbouring
+    examples share; and that physical batches hold what was drawn (except for photographs, which would have to
+    be read). A shuffling sampler, whose epsilon is nominal, must draw batches of one size without repeats in
+    them.
 
-    Where a program does not repeat itself to the bit (some on accelerators), exact is: to rounding.
+    If a program does not repeat itself to the bit (as some on accelerators), "exact" means up to rounding.
 
-    False alarms: a sound trainer fails in one of 10^9 cases at most. The tests by chance share that out (Bonferroni)
-    and count exactly or bound (binomial tails, chi-square, Dvoretzky-Kiefer-Wolfowitz, Chernoff). The converse is
-    not promised: what is wrong by little, or only for some steps or images, may pass. Seen are a scale of the noise
-    that is wrong by some percent, a sampling probability by 5 %, a draw that is cut short where that happens to one
-    batch in forty (10,000 examples) or in eight (50,000); and noise that is zero or repeated in a leaf of a few
-    numbers.
+    False alarms: a sound trainer fails with probability 10^-9 at most, which the statistical tests share
+    (Bonferroni); they use exact distributions or bounds (binomial tails, chi-square,
+    Dvoretzky-Kiefer-Wolfowitz, Chernoff). The converse is not promised: a fault that is small, or that
+    concerns only some steps or images, may pass. The check detects a scale of the noise that is off by some
+    percent, a sampling probability off by 5 %, a draw that is cut short in one batch of forty (10,000
+    examples) or of eight (50,000), and noise that is zero or repeated in a leaf of a few numbers.
 
     Args:
       trainer: from `dpnb.training.update.make_trainer`, or changed. Every process has to call it.
@@ -120,11 +128,11 @@ def _kind(x) -> tuple:
     return np.asarray(x).dtype, np.shape(x)
 
 
-# The numbers that are drawn.
+# The noise that is drawn.
 
 
 def _drawn(draws: list, std: float) -> Iterator[Finding]:
-    """Noise of several steps, and in the end of another seed: a pytree each; std: that they must have at least."""
+    """Checks noise of several steps and, last, another seed, a pytree each; std: the least it must have."""
     names = [jax.tree_util.keystr(path) for path, x in jax.tree.leaves_with_path(draws[0]) if x.size]
     leaves = [[np.ravel(x) for x in jax.tree.leaves(draw) if x.size] for draw in draws]  # [draws][leaves]
     most = math.hypot(std + 8, 12**-0.5)  # GridNoise rounds up to a multiple of 8, and then to integers
@@ -171,10 +179,10 @@ def _square(x) -> float:
 
 
 def _repeated(parts: list[np.ndarray], std: float, most: float) -> tuple[int, int] | None:
-    """Two that are equal, or whose first numbers are correlated; None if all are independent."""
+    """Finds two parts that are equal or whose first numbers are correlated; None if all are independent."""
     known = {}
     for i, x in enumerate(parts):
-        # Two of so many numbers are equal with a chance of 2^-64 at most.
+        # Two independent parts of that size are equal with probability 2^-64 at most.
         if x.size * math.log2(2 * std) > 64 and known.setdefault((x.shape, x.tobytes()), i) != i:
             return known[x.shape, x.tobytes()], i
     table = np.zeros((len(parts), FIRST))
@@ -191,7 +199,7 @@ def _repeated(parts: list[np.ndarray], std: float, most: float) -> tuple[int, in
 
 
 def _update(trainer: Trainer, noises: list) -> Iterator[Finding]:
-    """At the first two states: what is released depends on sum plus noise, however these are divided up."""
+    """Checks at the first two states that the result depends on sum plus noise only, however divided up."""
     rng, state, hold = np.random.default_rng(OWN_SEED), trainer.state, _hold(trainer)
     still, how = None, "exact"
     for noise in noises:
@@ -231,7 +239,7 @@ def _update(trainer: Trainer, noises: list) -> Iterator[Finding]:
 
 
 def _differing(others: list[dict], want: dict, quiet: dict | None = None) -> str:
-    """Leaves of any that are not as wanted: to the bit, or (`quiet`) to 1/10,000 of how the noise moved them."""
+    """Names leaves that are not as wanted: to the bit, or (`quiet`) to 1/10,000 of how noise moved them."""
 
     def differs(a, b, unmoved):
         if quiet is None:
@@ -247,7 +255,7 @@ def _any_integers(rng, shape) -> np.ndarray:
 
 
 def _hold(trainer: Trainer):
-    """A function (int32 sums, a number) -> Totals of them on the last device, the number in all of `BatchMetrics`."""
+    """Returns a function (int32 sums, number) -> `Accumulator`: sums on the last device, equal metrics."""
     devices = trainer.mesh.devices.size
 
     def totals(sums, seen):
@@ -260,7 +268,7 @@ def _hold(trainer: Trainer):
     return lambda sums, seen=0.0: hold(jax.tree.map(put, sums, trainer.places.params), np.float32(seen))
 
 
-def _on_host(state: state.State) -> dict[str, np.ndarray]:
+def _on_host(state: State) -> dict[str, np.ndarray]:
     leaves = jax.tree.leaves_with_path(state._replace(key=()))
     return {jax.tree_util.keystr(path): np.asarray(fetch_replicated(leaf)) for path, leaf in leaves}
 
@@ -269,7 +277,7 @@ def _on_host(state: state.State) -> dict[str, np.ndarray]:
 
 
 def _clip(trainer: Trainer, norm: float) -> Iterator[Finding]:
-    """What single examples add to the sum, in units of the grid; norm: the clip norm in these units."""
+    """Checks what single examples add to the sum, in units of the grid; norm: the clip norm in them."""
     size, rng = trainer.physical_batch_size, np.random.default_rng(OWN_SEED)
     batch, count = _made_up(trainer, rng)
     key = seeds.step_key(put(seeds.root_key(OWN_SEED), replicated(trainer.mesh)), 0)
@@ -283,7 +291,7 @@ def _clip(trainer: Trainer, norm: float) -> Iterator[Finding]:
     steeper = jax.jit(lambda p: jax.tree.map(lambda x: STEEP * x, p), out_shardings=trainer.places.params)
 
     def summed(params, who, before, moved=0):
-        """With the examples `who`, bool [size], in places that are their own, or `moved`; all others are padding."""
+        """Sums the examples `who`, bool [size], in their own or `moved` places; all others are padding."""
         order, who = (np.roll(x, moved) for x in (np.where(who, places % count, 0).astype(np.int32), who))
         totals = collect(trainer.accumulate(params, hold(before), *batch(order, who), key))
         return jax.tree.map(lambda t: np.asarray(fetch_replicated(t)), totals)
@@ -339,14 +347,14 @@ def _clip(trainer: Trainer, norm: float) -> Iterator[Finding]:
 
 
 def _length(x: np.ndarray) -> float:
-    """Of integers; exact up to 2^26."""
+    """Returns the norm of integers, exact up to 2^26."""
     return math.sqrt(_square(x.astype(float)))
 
 
 def _made_up(trainer: Trainer, rng):
-    """(a function (int32 [size] of made-up examples, mask) -> their batch for `accumulate`, how many there are).
+    """Returns a function (int32 [size] of made-up examples, mask) -> batch for `accumulate`, and how many.
 
-    Black, white, both at random, and noise, in turn, with the first two labels.
+    They are black, white, both at random, and noise, in turn, with the first two labels.
     """
     size, place = trainer.physical_batch_size, batch_sharding(trainer.mesh)
     images, labels, *_ = trainer.feed.blank(size)
@@ -404,11 +412,14 @@ def _sampler(trainer: Trainer) -> Iterator[Finding]:
     elif e.sampler == "poisson":
         yield True, f"sampler: draws each example on its own with q = {q:.4g} ({of})"
     else:
-        yield True, f"sampler: batches of one size, nobody twice ({of}); nominal, no epsilon is proven for it"
+        yield (
+            True,
+            f"sampler: batches of one size, no example twice ({of}); nominal, no epsilon is proven for it",
+        )
 
 
 def _whole(trainer: Trainer, step: int) -> bool:
-    """Are the physical batches together what the sampler draws?"""
+    """Returns whether the physical batches together hold what the sampler draws."""
     parts = trainer.feed.batches(trainer.sampler, step, trainer.physical_batch_size)
     came = [np.asarray(fetch_replicated(i))[np.asarray(fetch_replicated(mask))] for *_, i, mask in parts]
     return sorted(np.concatenate([[], *came])) == sorted(trainer.sampler.indices(step))
@@ -425,7 +436,7 @@ def _shuffled(tables, size: int) -> list[str]:
 
 
 def _poisson(tables: list[np.ndarray], q: float) -> list[str]:
-    """What is wrong with batches, bool [steps, n] each; every count is binomial given those before it."""
+    """Says what is wrong with batches, bool [steps, n] each; each count is binomial given earlier ones."""
     (steps, n), wrong, rng = tables[0].shape, [], np.random.default_rng(OWN_SEED)
     alarm = (
         ALARM / 2 / 31
@@ -457,6 +468,6 @@ def _poisson(tables: list[np.ndarray], q: float) -> list[str]:
 
 
 def _normal(counts, trials, q: float, rng) -> np.ndarray:
-    """Binomial counts as exactly standard normal numbers: where they lie in their distribution, ties at random."""
+    """Maps binomial counts to exactly standard normal numbers by their quantiles, ties broken at random."""
     below, here = stats.binom.cdf(counts - 1, trials, q), stats.binom.pmf(counts, trials, q)
     return stats.norm.ppf(np.clip(below + rng.random(len(counts)) * here, 2.0**-53, 1 - 2.0**-53))

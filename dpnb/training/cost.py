@@ -1,4 +1,4 @@
-"""What a run will cost on this device, measured before it starts; and the batch that fits."""
+"""Predicts what a run will cost on this device before it starts, and finds the batch that fits."""
 
 import dataclasses
 import time
@@ -16,10 +16,14 @@ from dpnb.training.update import Trainer, draw_noise, make_trainer
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """views and flops of the whole run (forward and backward, one multiply-add is two);
-    memory in bytes per device (XLA's figure for one physical batch, and what stays);
-    seconds of training on this device; physical batch size in examples per device; form: of the
-    clipped gradient, and why."""
+    """The predicted cost of a run.
+
+    views, flops: of the whole run (forward and backward; one multiply-add counts as two).
+    memory: bytes per device, XLA's figure for one physical batch with its arguments and results.
+    seconds: of all updates on this device.
+    physical_batch_size: examples per device.
+    form: of the clipped gradient, and why.
+    """
 
     views: float
     flops: float
@@ -37,7 +41,7 @@ class Cost:
 
 
 def duration(seconds: float) -> str:
-    """ "31 seconds", "4.2 minutes", "3.0 hours"."""
+    """Formats a duration: "31 seconds", "4.2 minutes", "3.0 hours"."""
     if seconds < 60:
         return f"{seconds:.0f} seconds"
     return f"{seconds / 60:.1f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
@@ -49,9 +53,9 @@ def predict(experiment: Experiment, data: Dataset, repeats: int = 3) -> Cost:
     No privacy is spent: every example is masked, and the result is thrown away.
 
     Args:
-      experiment: calibrated (noise_multiplier and steps known).
+      experiment: calibrated, so that noise_multiplier and steps are known.
       data: as for training.
-      repeats: timed calls after the compilation.
+      repeats: number of timed calls after the compilation.
     """
     trainer = make_trainer(experiment, data, seed=0)
     size, state = physical_batch_size(trainer), trainer.state
@@ -84,7 +88,7 @@ def predict(experiment: Experiment, data: Dataset, repeats: int = 3) -> Cost:
 
 
 def flops_per_view(trainer, data: Dataset) -> float:
-    """Forward and backward of one image, as XLA counts them before optimisation."""
+    """Returns XLA's FLOP count of one image, forward and backward, unoptimised; NaN if unavailable."""
     image = jnp.zeros((1, *data.shape))
 
     def loss(params):
@@ -95,19 +99,19 @@ def flops_per_view(trainer, data: Dataset) -> float:
 
 
 def memory_of(compiled) -> int:
-    """Bytes that one call holds on one device: arguments, results and temporaries."""
+    """Returns the bytes that one call holds on one device: arguments, results and temporaries."""
     m = compiled.memory_analysis()
     parts = m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes
     return parts - m.alias_size_in_bytes
 
 
 def physical_batch_size(trainer: Trainer) -> int:
-    """Examples per device and call: the experiment's choice, else what fits and is fast.
+    """Returns the examples per device and call: the experiment's choice, else what fits and is fast.
 
-    CPU: `per_device_batch_size` (benchmarks/clipped_gradient.py).  Accelerators: the largest power of two,
-    up to 4096 views, whose footprint fits 60 % of the free memory and whose gradients can be kept
-    (`dpnb.gradients.clipping.choose_form`) where they are at a small size; the footprint is XLA's at two small
-    sizes, continued as a straight line.
+    On CPU it is `per_device_batch_size` (benchmarks/clipped_gradient.py).  On accelerators it is the largest
+    power of two, up to 4096 views, whose footprint fits 60 % of the free memory and at which per-example
+    gradients can still be kept, if they are at a small size (`dpnb.gradients.clipping.choose_form`). The
+    footprint is extrapolated linearly from XLA's at two small sizes.
     """
     experiment, device = trainer.experiment, jax.devices()[0]
     if experiment.physical_batch_size or device.platform == "cpu":
@@ -142,5 +146,5 @@ def _masked_batch(trainer: Trainer, size: int) -> tuple:
 
 
 def free_memory(device: jax.Device) -> int:
-    """Free bytes on the device, 8 GiB where it does not say."""
+    """Returns the free bytes on the device, of 8 GiB if the backend does not report its memory."""
     return device_memory(device) - (device.memory_stats() or {}).get("bytes_in_use", 0)

@@ -1,4 +1,4 @@
-"""The training curve: one point of it, and how much of the budget is spent there."""
+"""The points of the training curve, and the epsilon spent there."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from dpnb.training.state import BatchMetrics
 
 
 def curve_point(step: int, seen: BatchMetrics, epsilon: float) -> dict[str, Any]:
-    """One point of the curve. All but step and epsilon are training statistics, not private."""
+    """Makes one point of the curve. All but step and epsilon are training statistics and not private."""
     seen = BatchMetrics(*[float(fetch_replicated(x)) for x in seen])
     n, finite = max(seen.examples, 1.0), seen.examples - seen.nonfinite
     return {
@@ -30,15 +30,16 @@ def curve_point(step: int, seen: BatchMetrics, epsilon: float) -> dict[str, Any]
 
 
 def accounting_grid(steps: int, points: int = 8) -> list[int]:
-    """Numbers of updates at which epsilon is computed for plots and progress, the last included."""
+    """Returns numbers of updates at which to compute epsilon for plots and progress, the last included."""
     return [int(n) for n in np.unique(np.linspace(1, steps, points).astype(int))]
 
 
 def epsilon_spent(mechanism: privacy.Mechanism, experiment: Experiment) -> Callable[[int], float]:
-    """A cheap function of the number of steps, those charged twice counted twice -> epsilon, never below the true one.
+    """Returns a cheap function (number of charged steps) -> epsilon, which is never below the true one.
 
-    Exact at the points of the curve (up to 30 of them); between two, the later one's epsilon is given; and
-    that of the budget where steps were charged twice, so that there are more than the experiment's.
+    Steps that were charged twice count twice. The function is exact at the points of the curve, or at eight
+    points if these are more than 30; in between it gives the epsilon of the next one, and beyond the
+    experiment's steps that of the budget. It gives NaN if the accountant is not installed.
     """
     every = experiment.eval_every or experiment.steps
     grid = [*range(every, experiment.steps, every), experiment.steps]

@@ -1,4 +1,4 @@
-"""Accuracy of raw and averaged parameters, without augmentation (paper, section 3)."""
+"""Evaluates raw and averaged parameters, without augmentation (paper, section 3)."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from dpnb.training.sharding import fetch_replicated
 
 
 class Evaluation(NamedTuple):
-    """accuracy in percent; mean cross-entropy in nats; predictions int32 [n]."""
+    """Accuracy in percent, mean cross-entropy in nats, and predictions int32 [n]."""
 
     accuracy: float
     loss: float
@@ -25,12 +25,14 @@ class Evaluation(NamedTuple):
 def make_evaluate(
     apply: Callable[[Any, jax.Array], jax.Array], batch_size: int = 250, recipe: Recipe = SMALL_IMAGES
 ) -> Callable:
-    """A function `(params, split) -> Evaluation`, compiled once for one batch size.
+    """Returns a function `(params, split) -> Evaluation`, compiled once for one batch size.
+
+    A photograph that cannot be read (label -1) counts as misclassified, and is left out of the loss.
 
     Args:
       apply: `(params, inputs float [batch, ...]) -> logits [batch, classes]`.
+      batch_size: images per call.
       recipe: how the images of the split become inputs, `Dataset.recipe`.
-    A photograph that cannot be read (label -1) counts as classified wrongly, and in no loss.
     """
 
     @jax.jit

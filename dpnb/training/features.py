@@ -1,12 +1,13 @@
-"""Fixed features in place of images, computed once: for networks that train only what comes after.
+"""Fixed features in place of images, computed once, for networks that train only what comes after them.
 
-Scattering coefficients, or what a public network gives its classifier.
+They are scattering coefficients, or what the classifier of a public network reads.
 """
 
 import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterator
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -22,7 +23,7 @@ from dpnb.models.checks import check_independent
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class FeatureSplit:
-    """images: float32 [n, ...] features, one row for each image; labels int32 [n]; both read-only."""
+    """Features `images` float32 [n, ...], one row per image, and labels int32 [n], both read-only."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -31,26 +32,26 @@ class FeatureSplit:
         return len(self.images)
 
     def head(self, n: int) -> "FeatureSplit":
-        """The first n rows (all, where there are fewer)."""
+        """Returns the first n rows (all, if there are fewer)."""
         return FeatureSplit(self.images[:n], self.labels[:n])
 
     def batches(self, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """All rows in order: (features [size or fewer, ...], labels)."""
+        """Yields all rows in order: (features [size or fewer, ...], labels)."""
         return in_batches(self, size)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FeatureDataset(Dataset):
-    """A data set of features; its identity is that of the images and of how they were made.
+    """A data set of features, identified by the images and by how the features were computed from them.
 
-    transform: how, in words that tell every transform from every other.
-    identity: SHA-256 (hex) of that and of the images.
+    transform: how they were computed, in words that tell every transform from every other.
+    identity: SHA-256 (hex) of these words and the images' fingerprint.
     """
 
     identity: str = ""
     transform: str = ""
 
-    lowest_label = -1  # of an image that could not be read
+    lowest_label: ClassVar[int] = -1  # of an image that could not be read
 
     def __post_init__(self):
         super().__post_init__()
@@ -59,19 +60,19 @@ class FeatureDataset(Dataset):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the images' fingerprint and the name of the transform."""
+        """SHA-256 (hex) of the images' fingerprint and the words of the transform."""
         return self.identity
 
 
 def prepare(experiment: Experiment, data: Dataset) -> Dataset:
-    """What the experiment's network reads: the images, or features that are computed here, once.
+    """Returns what the experiment's network reads: the images, or features that are computed here, once.
 
-    Row i depends on image i alone and on nothing learnt, so that training on features keeps the
+    Row i depends on image i alone and on nothing learnt from the data, so training on features keeps the
     guarantee for images. Scattering features of CIFAR-10 take 3.7 GB and some minutes on two cores.
 
     Raises:
-      KeyError, ValueError, OSError: public weights that cannot be had, are another network's, or
-        saw these very images; `data` are features of another kind.
+      KeyError, ValueError, OSError: the public weights are not available, are another network's, or saw
+        these very images; or `data` are features of another kind.
     """
     if not experiment.on_features:
         return data
@@ -88,10 +89,10 @@ def prepare(experiment: Experiment, data: Dataset) -> Dataset:
 
 
 def check(experiment: Experiment, data: Dataset) -> None:
-    """Refuses what the experiment's network does not read: images for features, or other features.
+    """Refuses what the experiment's network does not read.
 
     Raises:
-      ValueError: see there.
+      ValueError: `data` are images and the network reads features, or the reverse, or other features.
     """
     is_features = isinstance(data, FeatureDataset)
     if experiment.on_features and not is_features:
@@ -101,13 +102,13 @@ def check(experiment: Experiment, data: Dataset) -> None:
 
 
 def transform(experiment: Experiment) -> str:
-    """How the features of an experiment are made, in words."""
+    """Says in words, which are hashed into fingerprints, how the features of an experiment are computed."""
     fixed = registry.fixed_features(experiment)
     return fixed.WORDS if fixed else _network(experiment)
 
 
 def fingerprint(experiment: Experiment, data: Dataset) -> str:
-    """That of `prepare(experiment, data)`, without computing a feature."""
+    """Returns the fingerprint of `prepare(experiment, data)` without computing a feature."""
     if not experiment.on_features or isinstance(data, FeatureDataset):
         return data.fingerprint
     return _identity(transform(experiment), data)
@@ -142,9 +143,9 @@ def _features(data: Dataset, words: str, transform, batch_size: int = 500) -> Fe
 
 
 def extract(transform, split, batch_size: int = 500) -> FeatureSplit:
-    """`transform` (uint8 [batch, h, w, 3] -> float32 [batch, ...]) of every image.
+    """Applies `transform` (uint8 [batch, h, w, 3] -> float32 [batch, ...]) to every image.
 
-    A photograph that cannot be read has the label -1, and will count as a zero gradient.
+    A photograph that cannot be read keeps the label -1, and will count as a zero gradient.
     """
     rows, found, start = None, np.empty(len(split), np.int32), 0
     for images, labels in split.batches(batch_size):

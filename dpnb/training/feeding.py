@@ -1,4 +1,4 @@
-"""Physical batches on the devices: of images that all lie there, or of photographs that are read ahead."""
+"""Moves physical batches to the devices, from memory or read ahead from disk."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -16,28 +16,28 @@ from dpnb.training.sharding import batch_sharding, put, replicated
 
 
 class Feed(Protocol):
-    """Where the training images are, and how they come to the devices.
+    """Holds the training images, and moves them to the devices.
 
-    A trainer owns one feed and one sampler. The feed borrows the sampler for a call of `batches`: reading ahead has
-    to know which examples the next updates will draw.
+    A trainer owns one feed and one sampler. The feed borrows the sampler for a call of `batches`, as reading
+    ahead has to know which examples the next updates will draw.
     """
 
     resident: bool  # whether the whole data set lies on every device, and a batch is indices into it
 
     def batches(self, sampler: sampling.Sampler, step: int, size: int) -> Iterator[tuple]:
-        """(images, labels, indices, mask) of every physical batch of update `step`, for `Trainer.accumulate`.
+        """Yields (images, labels, indices, mask) of each physical batch of update `step`, for `accumulate`.
 
         Args:
-          sampler: which examples are in which update.
+          sampler: decides which examples are in which update.
           size: examples in a physical batch, over all devices.
         """
 
     def blank(self, size: int) -> tuple:
-        """A physical batch of padding alone."""
+        """Returns a physical batch of padding alone."""
 
 
 class InMemoryBatches:
-    """The whole data set on every device; a batch is indices into it.
+    """Keeps the whole split on every device; a batch is indices into it.
 
     images: uint8 [n, h, w, c] (or float32 features); labels: int32 [n].
     """
@@ -49,22 +49,22 @@ class InMemoryBatches:
         self.images, self.labels = (put(x, replicated(mesh)) for x in (split.images, split.labels))
 
     def batches(self, sampler: sampling.Sampler, step: int, size: int) -> Iterator[tuple]:
-        """(images, labels, indices, mask) of every physical batch of update `step`, for `accumulate`."""
+        """See `Feed.batches`."""
         for indices, mask in sampling.physical_batches(sampler.indices(step), size):
             yield self.batch(indices, mask)
 
     def batch(self, indices: np.ndarray, mask: np.ndarray) -> tuple:
-        """These examples, divided over the devices."""
+        """Returns the batch of these examples, with indices and mask divided over the devices."""
         return self.images, self.labels, *(put(x, batch_sharding(self.mesh)) for x in (indices, mask))
 
     def blank(self, size: int) -> tuple:
-        """A physical batch of padding alone."""
+        """Returns a physical batch of padding alone."""
         return self.batch(np.zeros(size, np.int32), np.zeros(size, bool))
 
 
 @dataclasses.dataclass
 class StreamedBatches:
-    """Photographs from disk, read ahead of the device; each process reads the rows of its own devices."""
+    """Reads photographs from disk ahead of the devices; each process reads the rows of its own devices."""
 
     photographs: Photographs
     mesh: Mesh
@@ -75,11 +75,8 @@ class StreamedBatches:
         self.prefetched, self.next_call, self.lookahead, self.named = None, None, None, set()
 
     def batches(self, sampler: sampling.Sampler, step: int, size: int) -> Iterator[tuple]:
-        """(images, labels, indices, mask) of every physical batch of update `step`, for `accumulate`.
-
-        Images that cannot be read are named in a warning, once, and come with the label -1.
-        """
-        if self.next_call != (step, size, sampler):  # the first call, or not where the last one ended
+        """See `Feed.batches`; unreadable images are named in a warning, once, and have the label -1."""
+        if self.next_call != (step, size, sampler):  # the first call, or not the one expected next
             self.lookahead, self.prefetched = (
                 None,
                 self.photographs.stream(sampler, size, self._rows(size), step),
@@ -99,13 +96,13 @@ class StreamedBatches:
         self.next_call = (step + 1, size, sampler)
 
     def blank(self, size: int) -> tuple:
-        """A physical batch of padding alone."""
+        """Returns a physical batch of padding alone."""
         side = self.photographs.size
         shapes = ((size, side, side, 3), np.uint8), ((size,), np.int32), ((size,), np.int32), ((size,), bool)
         return tuple(put(np.zeros(shape, dtype), batch_sharding(self.mesh)) for shape, dtype in shapes)
 
     def _rows(self, size: int) -> slice:
-        """The rows of a physical batch that lie on this process's devices, which are neighbours."""
+        """Returns the rows of a physical batch on this process's devices, which must be neighbours."""
         places = batch_sharding(self.mesh).addressable_devices_indices_map((size,)).values()
         mine = sorted({place[0].indices(size)[:2] for place in places})
         if any(before[1] != after[0] for before, after in zip(mine, mine[1:], strict=False)):
@@ -117,7 +114,10 @@ class StreamedBatches:
 
 
 def make_feed(data: Dataset, augmult: int, mesh: Mesh) -> Feed:
-    """The training images of a data set, in the way that suits them."""
+    """Returns the source of physical batches that suits the training images of a data set.
+
+    Photographs are enlarged for random crops if `augmult`, the number of views, is not 0.
+    """
     if not isinstance(data.train, Photographs):
         return InMemoryBatches(data.train, mesh)
     enlarged = data.train.resized(data.recipe.enlarged) if augmult else data.train

@@ -1,4 +1,4 @@
-"""Several processes, one decision: what the first of them says holds for all."""
+"""Decisions of several processes: process 0 decides and broadcasts to all."""
 
 import json
 from collections.abc import Callable
@@ -9,11 +9,11 @@ import numpy as np
 
 
 class FirstProcessFailed(RuntimeError):
-    """The first process raised this, so that all processes stop where it does."""
+    """Process 0 failed with this error; all other processes raise it, and stop too."""
 
 
 def broadcast_from_process_0(value: int) -> int:
-    """The first process's value (0 <= value < 2^64), on every process; also a barrier."""
+    """Broadcasts a value of process 0 (0 <= value < 2^64) to every process; also a barrier."""
     if jax.process_count() == 1:
         return value
     high, low = (int(word) for word in _broadcast(np.array([value >> 32, value & 0xFFFFFFFF], np.uint32)))
@@ -21,12 +21,12 @@ def broadcast_from_process_0(value: int) -> int:
 
 
 def call_on_process_0(call: Callable[[], Any]) -> Any:
-    """What `call` returns on the first process, JSON values, on every process; the others do not call it.
+    """Calls `call` on process 0 only, and returns its result (JSON values) on every process.
 
-    An error of the first process is raised on all, so that nobody waits for it.
+    An error on process 0 is raised on all, so that no process waits for it.
 
     Raises:
-      FirstProcessFailed: on the other processes; on the first one the error itself.
+      FirstProcessFailed: on the other processes; process 0 raises the error itself.
     """
     if jax.process_count() == 1:
         return call()
@@ -47,7 +47,7 @@ def call_on_process_0(call: Callable[[], Any]) -> Any:
 
 
 def any_process(flag: bool) -> bool:
-    """Whether the flag is set on some process, on every process."""
+    """Returns, on every process, whether the flag is set on any of them."""
     if jax.process_count() == 1:
         return flag
     from jax.experimental import multihost_utils

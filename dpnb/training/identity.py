@@ -1,4 +1,4 @@
-"""What code, model and optimizer compute, as hashes that are the same in every process."""
+"""Hashes of what code, model and optimizer compute, the same in every process."""
 
 import functools
 import hashlib
@@ -19,7 +19,7 @@ from dpnb.models import functional
 
 @functools.cache
 def code() -> str:
-    """SHA-256 (hex) of dpnb's own source files: another version is another computation."""
+    """Returns the SHA-256 (hex) of dpnb's own source files: another version is another computation."""
     digest = hashlib.sha256()
     here = pathlib.Path(__file__).parents[1]
     for file in sorted(here.rglob("*.py")):
@@ -30,10 +30,10 @@ def code() -> str:
 def computation(
     model: nnx.Module | None, optimizer: optax.GradientTransformation | None, image_shape: tuple[int, ...]
 ) -> str:
-    """SHA-256 (hex) of the traced programs and all their constants, initial parameters included.
+    """Returns the SHA-256 (hex) of the traced programs and all their constants, initial parameters included.
 
-    Printed objects will not do: they show memory addresses, which differ from process to
-    process, and neither parameters nor learning rates, which make another release.
+    Printed objects do not serve: they show memory addresses, which differ from process to process, and
+    show neither parameters nor learning rates, which make another release.
 
     Args:
       model: any NNX model, or None.
@@ -63,7 +63,12 @@ def computation(
 
 
 def constants(jaxpr, own=()) -> Iterator[Any]:
-    """All arrays that a traced program holds, those inside of its inner programs (`jit`, `scan` ...) included."""
+    """Yields all constants of a traced program, those of its inner programs (`jit`, `scan` ...) included.
+
+    Args:
+      jaxpr: the program.
+      own: its own constants.
+    """
     yield from own
     for equation in jaxpr.eqns:
         yield from (v.val for v in equation.invars if isinstance(v, Literal) and np.ndim(v.val))

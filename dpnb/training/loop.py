@@ -1,11 +1,12 @@
-"""The loop: one private training run, from images to averaged parameters and a ledger.
+"""The training loop: one private run, from images to averaged parameters and a ledger.
 
     sample -> augment -> per-example gradient -> mean over views -> clip -> sum -> all-reduce
     -> noise -> / expected batch -> optimizer -> EMA -> CHARGE the ledger -> show, evaluate, save
 
-The arrows up to EMA are `dpnb.training.update.one_update`. Before it is made, the ledger is asked whether it can be
-afforded; and the ledger is charged with the hash of its result before anything of that is seen, shown, saved or
-evaluated (`dpnb.training.replay.Payer`). What precedes the first update is `dpnb.training.session.prepare`.
+The arrows up to EMA are `dpnb.training.update.one_update`. Before an update is made, the ledger is asked
+whether the budget allows it; then the ledger is charged with the hash of its result, before any of that is
+seen, shown, saved or evaluated (`dpnb.training.replay.Payer`). What precedes the first update is
+`dpnb.training.session.prepare`.
 """
 
 import dataclasses
@@ -30,14 +31,16 @@ from dpnb.training.sharding import fetch_replicated
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a training run leaves.
+    """The result of a training run.
 
+    params, ema_params: the last and the averaged parameters, nested dicts of float32 arrays.
     history: one dict per point of the curve; its training loss, accuracy, norms and clipped
       fractions are not private.
-    raw, ema: evaluations of the final parameters, last iterate and averaged.
+    raw, ema: evaluations of the last and the averaged parameters.
     events: the ledger, run-length coded, as `dpnb.privacy` reads it.
-    seconds: wall time of training, evaluation and compilation included, over all processes that
-    took part one after another.
+    steps: number of updates made.
+    seconds: wall time of training, evaluation and compilation included, summed over the processes that
+      continued the run one after another.
     """
 
     experiment: Experiment
@@ -50,7 +53,7 @@ class Run:
     steps: int
     seconds: float
     devices: str
-    public: dict[str, str] | None  # the weights that it began with, see `dpnb.models.weights.provenance`
+    public: dict[str, str] | None  # the weights that it started from, see `dpnb.models.weights.provenance`
     stopped: str  # why the run ended before its last step; "" if it did not
 
 
@@ -66,28 +69,30 @@ def train(
     stop_at_step: int | None = None,
     allowed_steps: int | None = None,
 ) -> Run:
-    """Trains with DP-SGD, or goes on where a killed run in `directory` stopped.
+    """Trains with DP-SGD, or continues where a killed run in `directory` stopped.
 
     Formal guarantee: with sampler "poisson" the sequence of parameters is
-    (epsilon, delta)-differentially private under adding or removing one training image, for
-    whoever does not know the seed; `privacy.privacy_statement` says what this leaves out.
-    Every step is in the ledger before anything of its result is seen, and a step that would overspend
+    (epsilon, delta)-differentially private under adding or removing one training image, against
+    anyone who does not know the seed; `privacy.privacy_statement` says what this leaves out.
+    Every step is in the ledger before any of its result is seen, and a step that would overspend
     the budget is not taken. Nothing is charged before an update has been compiled and made.
 
     Args:
-      experiment: calibrated here where needed.
+      experiment: calibrated here if necessary.
       data: images, labels, and the split to report on.
-      directory: of the run; one each. Ledger, checkpoints and seed lie in `directory/private` where the
-        seed is secret (`dpnb.files.private_folder`).
+      directory: of this run alone. Ledger, checkpoints and seed are in `directory/private` if the seed is
+        secret (`dpnb.files.private_folder`).
       model, optimizer, devices: see `dpnb.training.update.make_trainer`.
       checkpoint_every: seconds between checkpoints; the curve's points are saved too.
-      stop_at_step: stop early on purpose, after a checkpoint, to go on later.
+      stop_at_step: stop early on purpose, with a checkpoint, to continue later.
       allowed_steps: how many updates fit the budget, from `privacy.calibrate_steps`; needed only
-        where dp-accounting is not installed (noise_multiplier, steps and epsilon all given).
+        if dp-accounting is not installed (noise_multiplier, steps and epsilon all given).
     Raises:
       ValueError: bad hyper-parameters, or the directory holds another experiment's run.
+      KeyError, OSError: the public weights are not available.
       MixesExamples: the model lets one example influence another.
       UnsoundTrainer: clipping, noise or sampling do not behave as the guarantee needs them to.
+      LedgerError: the ledger is locked or damaged, or does not hold the last update of the checkpoint.
     """
     terms = dict(model=model, optimizer=optimizer, devices=devices, allowed_steps=allowed_steps)
     with prepare(experiment, data, directory, **terms) as session:
@@ -98,28 +103,28 @@ def train(
                     if stop_at_step is not None and step >= stop_at_step:
                         stopped = f"stopped on purpose after {step} of {experiment.steps} updates"
                         break
-                    new, seen, stopped = session.update()  # charged, before anything of it is seen
+                    new, seen, stopped = session.update_and_charge()  # unseen until it is paid for
                     if stopped:
                         break
                     point = curve_point(step + 1, seen, session.epsilon(step + 1))
                     last = step + 1 == experiment.steps
                     shown = last or (experiment.eval_every and (step + 1) % experiment.eval_every == 0)
                     if shown:
-                        point |= session.accuracies(new)
-                    # Together, so that an interrupted run keeps both or neither.
+                        point |= session.evaluate(new)
+                    # Both at once, so that an interrupted run keeps both or neither.
                     history = [*session.history, point] if shown else session.history
                     session.state, session.history = new, history
                     if last or broadcast_from_process_0(int(time.monotonic() - saved > checkpoint_every)):
                         session.save()
                         saved = time.monotonic()
-                    progress.advance(point)
+                    progress.show(point)
             finally:  # an interrupted run loses nothing that it paid for
                 session.save()
         return _finish(session, stopped)
 
 
 def _finish(session: Session, stopped: str) -> Run:
-    """What the run leaves, evaluated on all images."""
+    """Returns the result of the run, evaluated on all images."""
     state = session.state
     went_on = int(state.step) > session.start
     return Run(
@@ -127,8 +132,8 @@ def _finish(session: Session, stopped: str) -> Run:
         params=jax.tree.map(fetch_replicated, state.params),
         ema_params=jax.tree.map(fetch_replicated, state.ema),
         history=session.history,
-        raw=session.evaluate(state.params, session.data.test),
-        ema=session.evaluate(state.ema, session.data.test),
+        raw=session.evaluate_split(state.params, session.data.test),
+        ema=session.evaluate_split(state.ema, session.data.test),
         events=call_on_process_0(session.ledger.events),
         steps=int(state.step),
         seconds=session.seconds + (time.monotonic() - session.began if went_on else 0.0),

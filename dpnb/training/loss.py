@@ -7,7 +7,13 @@ import optax
 
 
 def make_loss(apply) -> Callable:
-    """Softmax cross-entropy per view, with the fraction of views that are classified rightly."""
+    """Returns the softmax cross-entropy per view, with the fraction of views that are classified correctly.
+
+    It is a function `(params, (views [K, ...], label [])) -> (nats float32 [K], fraction [])`.
+
+    Args:
+      apply: `(params, views float [K, ...]) -> logits [K, classes]`.
+    """
 
     def loss(params, example):
         views, label = example  # [K, h, w, c], []

@@ -1,4 +1,4 @@
-"""SGD as the paper uses it, or what an experiment asks for."""
+"""The optimizer of an experiment: SGD as in the paper, optionally with momentum or a cosine schedule."""
 
 import optax
 
@@ -6,7 +6,7 @@ from dpnb.experiments.experiment import Experiment
 
 
 def make_optimizer(experiment: Experiment) -> optax.GradientTransformation:
-    """SGD (paper, appendix: constant learning rate, no momentum)."""
+    """Returns the experiment's SGD (paper, appendix: constant learning rate, no momentum)."""
     rate = experiment.learning_rate
     if experiment.schedule == "cosine":
         rate = optax.cosine_decay_schedule(rate, experiment.steps)

@@ -1,4 +1,4 @@
-"""What is refused before anything is spent, and the inputs that show it without the data."""
+"""Refuses bad settings before anything is spent, with random inputs in place of the data."""
 
 import math
 
@@ -12,10 +12,10 @@ from dpnb.training import features
 
 
 def check_noise(experiment: Experiment) -> None:
-    """Refuses noise that is not known, and noise that would protect nothing.
+    """Refuses unknown noise, and noise that would protect nothing.
 
     Raises:
-      ValueError: see there.
+      ValueError: noise_multiplier is None, or there is noise but clip_norm is infinite.
     """
     sigma, clip_norm = experiment.noise_multiplier, experiment.clip_norm
     if sigma is None:
@@ -31,10 +31,10 @@ def check_noise(experiment: Experiment) -> None:
 
 
 def check_size(experiment: Experiment, data: Dataset) -> None:
-    """Photographs come at the size that the record will state.
+    """Checks that photographs have the size that the record will state.
 
     Raises:
-      ValueError: they do not.
+      ValueError: they do not, or `image_size` is set and the images are in memory.
     """
     got = data.shape[0] if isinstance(data.train, Photographs) else 0
     if got != experiment.image_size and not isinstance(data, features.FeatureDataset):
@@ -46,10 +46,10 @@ def check_size(experiment: Experiment, data: Dataset) -> None:
 
 
 def check_own_model(experiment: Experiment) -> None:
-    """A model that is passed in begins and trains as it is.
+    """Checks that the experiment asks nothing of a model that is passed in, which starts and trains as it is.
 
     Raises:
-      ValueError: the experiment says otherwise, and its record would.
+      ValueError: it names public weights or a part to train, and so would its record.
     """
     if experiment.pretrained or experiment.trainable != "all":
         raise ValueError(
@@ -59,7 +59,7 @@ def check_own_model(experiment: Experiment) -> None:
 
 
 def check_outputs(model: nnx.Module, data: Dataset) -> None:
-    """One logit per class, before anything is spent.
+    """Checks that the model returns one logit per class.
 
     Raises:
       ValueError: the model's outputs are not [batch, classes].
@@ -74,6 +74,6 @@ def check_outputs(model: nnx.Module, data: Dataset) -> None:
 
 
 def noise_images(data: Dataset, n: int = 4) -> np.ndarray:
-    """Random images of the data's shape, float32 [n, h, w, c]: no training data is touched."""
+    """Returns random images of the data's shape, float32 [n, h, w, c]; no training data are read."""
     shape = (n, *data.shape)
     return np.random.default_rng(0).normal(size=shape).astype(np.float32)

@@ -1,4 +1,4 @@
-"""One line of progress: a bar for people at a terminal or notebook, plain lines in batch."""
+"""Shows progress: a bar in a terminal or notebook, plain lines in batch jobs."""
 
 import os
 import sys
@@ -7,8 +7,11 @@ from typing import Any
 
 
 def interactive() -> bool:
-    """Is somebody watching?  Under papermill, nbconvert or a pipe: no."""
-    choice = os.environ.get("DPNB_PROGRESS")  # "bar" or "plain" decides
+    """Returns whether a person is watching: not under papermill or nbconvert, nor into a pipe.
+
+    The environment variable DPNB_PROGRESS overrides it: "bar" means yes, any other value no.
+    """
+    choice = os.environ.get("DPNB_PROGRESS")  # "bar" or "plain"
     if choice:
         return choice == "bar"
     if "ipykernel" not in sys.modules:
@@ -25,10 +28,11 @@ def interactive() -> bool:
 
 
 class Progress:
-    """Counts updates from `start` to `total`, with numbers beside them.
+    """Counts updates from `start` to `total`, and shows numbers beside them.
 
-    In batch it prints at most about twenty lines, and at least one every `seconds`. Speed and
-    time left leave out the first update of this process, most of which is compilation.
+    In a batch job it prints a line for every twentieth of the run, and whenever more than `seconds` have
+    passed since the last. Speed and time left leave out the first update of this process, most of which is
+    compilation.
     """
 
     def __init__(self, total: int, start: int = 0, seconds: float = 60.0):
@@ -41,8 +45,8 @@ class Progress:
 
             self.bar = tqdm(total=total, initial=start, unit="update", dynamic_ncols=True)
 
-    def advance(self, point: dict[str, Any]) -> None:
-        """One more update is done; `point` is a point of the training curve."""
+    def show(self, point: dict[str, Any]) -> None:
+        """Counts one more update, and shows its `point` of the training curve."""
         self.done += 1
         now = time.monotonic()
         first, timed = self.compiled is None, self.done - self.start - 1
@@ -73,6 +77,7 @@ class Progress:
             print(f"update {self.done}/{self.total}  {numbers}  time left {left}", flush=True)
 
     def close(self) -> None:
+        """Closes the bar, if there is one."""
         if self.bar is not None:
             self.bar.close()
 

@@ -1,10 +1,11 @@
-"""Which noise a run draws, and the proof that a repeated update is the same.
+"""Chooses the noise that a run draws, and proves that a repeated update is the same.
 
-Sampling and noise of a run come from a stream, whose seed is derived from the run's seed and the stream's name.
-A run that nothing interrupts has one stream. A run that goes on from a checkpoint under the same settings goes on
-in its stream, and repeats updates that were lost: to the bit, as the ledger finds from a hash of the result. Under
-other settings (code, versions, hardware ...), which may round otherwise, it goes on in a stream of its own. No list
-of settings is complete; where a repetition is not the same after all, it is thrown away unseen and drawn afresh.
+Sampling and noise of a run come from a stream, whose seed is derived from the run's seed and the stream's
+name. An uninterrupted run has one stream. A run that continues from a checkpoint under the same settings
+stays in its stream, and repeats lost updates to the bit, which the ledger verifies by a hash of the result.
+Under other settings (code, versions, hardware ...), which may round differently, it continues in a new
+stream. No list of settings is complete: if a repetition is not the same after all, it is thrown away unseen
+and drawn afresh.
 """
 
 import hashlib
@@ -25,7 +26,7 @@ PAID, REFUSED, AFRESH = "paid", "refused", "afresh"
 
 
 def digest(state: State) -> str:
-    """SHA-256 (hex) of all that an update releases, to the bit: parameters, averages, optimizer, step.
+    """Returns the SHA-256 (hex) of all that an update releases: parameters, averages, optimizer, step.
 
     Every process has to call it. The random key is left out.
     """
@@ -38,14 +39,14 @@ def digest(state: State) -> str:
 
 
 class Payer:
-    """Makes updates one after another and pays for each before anything of it is seen.
+    """Makes updates one after another, and pays for each before any of it is seen.
 
     Args:
-      ledger: of the first process, which decides for all of them.
-      trainer: the compiled pieces; their own seed is not used.
-      mechanism: what one update is.
-      seed: of the run and the experiment, from which those of streams are derived.
-      stream: that sampling and noise are drawn from; changes where a repetition fails.
+      ledger: that of process 0 decides for all processes.
+      trainer: the compiled pieces; its own seed is not used.
+      mechanism: of one update.
+      seed: of the run and the experiment, from which the seeds of streams are derived.
+      stream: the stream that sampling and noise are drawn from; it changes if a repetition fails.
     """
 
     def __init__(self, ledger: Ledger, trainer: Trainer, mechanism: Mechanism, seed: int, stream: str):
@@ -58,7 +59,7 @@ class Payer:
         self._trainer, self._key = reseeded(self._trainer, derived_seed(self.seed, stream))
 
     def update(self, state: State) -> tuple[State, BatchMetrics | None, str]:
-        """One update that is paid for: (new state, what it saw, ""), or (state, None, why it was refused)."""
+        """Makes one update and pays for it: (new state, metrics, ""), or (state, None, why it is refused)."""
         step = int(state.step)
         if refusal := self._refusal(step):
             return state, None, refusal
@@ -73,7 +74,7 @@ class Payer:
             self._draw_from(stream_name(self.stream, "not the same to the bit", digest(state)))
 
     def _refusal(self, step: int) -> str:
-        """Why the update need not even be made: "" if it is affordable, or may be a repetition."""
+        """Says why the update need not even be made; "" if it is affordable, or may be a repetition."""
 
         def ask():
             if not self.ledger.may_repeat(step):

@@ -1,14 +1,15 @@
-"""Which seed: from the one that an experiment names to the keys that one update draws from.
+"""Derives all seeds, from the one that an experiment names to the keys that one update draws from.
 
-    run_seed        the experiment's seed, or a secret one of 256 bits that is kept in the run's private folder
-      derived_seed    with the fingerprint of experiment, data, code of the model and public weights: two releases
-                      never share their noise, unless they are the same to the bit
-        derived_seed    with the name of a stream (`stream_name`): settings that may round otherwise draw afresh
+    run_seed        the experiment's seed, or a secret one of 256 bits, kept in the run's private folder
+      derived_seed    with the fingerprint of experiment, data, own model and optimizer, and public weights:
+                      two releases never share their noise, unless they are the same to the bit
+        derived_seed    with the name of a stream (`stream_name`): other settings may round differently
           random_bytes    SHAKE-256, labelled: Poisson samples and noise (`dpnb.privacy`)
           root_key        JAX's generator: views of the images (`step_key`)
-        initial_rngs    initial parameters
+        derived_seed    with "initial parameters"
+          initial_rngs    initial parameters
 
-(`derived_seed` and `random_bytes` are `dpnb.privacy.randomness`.)
+(`derived_seed` and `random_bytes` are in `dpnb.privacy.randomness`.)
 """
 
 import hashlib
@@ -26,9 +27,9 @@ from dpnb.training.hosts import any_process, broadcast_from_process_0
 
 
 def run_seed(directory: pathlib.Path, seed: int | None) -> tuple[int, str]:
-    """(seed, label): the given seed, or a secret one of 256 bits kept in `directory/seed.secret`.
+    """Returns (seed, label): the given seed, or a secret one of 256 bits kept in `directory/seed.secret`.
 
-    Whoever knows the seed knows the noise, so a secret one appears in no record. The label may:
+    Anyone who knows the seed knows the noise, so a secret one appears in no record. The label may appear:
     it tells runs of different seeds apart, so that a new secret is never taken for a replay.
     """
     if seed is not None:
@@ -42,35 +43,38 @@ def run_seed(directory: pathlib.Path, seed: int | None) -> tuple[int, str]:
 
 
 def stream_name(before: str, *why: str) -> str:
-    """A stream that follows from another one ("" for the first) and from why it was left."""
+    """Names the stream that follows another one ("" for the first), given why that one was left."""
     return hashlib.sha256(json.dumps([before, *why]).encode()).hexdigest()
 
 
 def root_key(seed: int) -> np.ndarray:
-    """uint32 [2], from which JAX draws augmentation and initial parameters; it does not tell the seed."""
+    """Returns numpy uint32 [2], from which JAX draws augmentation and initial parameters.
+
+    It does not reveal the seed.
+    """
     return np.frombuffer(random_bytes(8, seed, "jax"), "<u4").astype(np.uint32)
 
 
 def step_key(root: jax.Array, step: jax.Array) -> jax.Array:
-    """The augmentation key of one update; no two updates share one."""
+    """Returns the augmentation key of one update; no two updates share one."""
     return jax.random.fold_in(wrapped(root), step)
 
 
 def wrapped(root: jax.Array) -> jax.Array:
-    """A root key as JAX's typed key of the generator that it was made for, whatever the default one is."""
+    """Returns a root key as JAX's typed key, always of the threefry generator, whatever JAX's default is."""
     return jax.random.wrap_key_data(root, impl="threefry2x32")
 
 
 def initial_rngs(seed: int) -> nnx.Rngs:
-    """Of a network's initial parameters; no update draws from it."""
+    """Returns the random stream of a network's initial parameters; no update draws from it."""
     return nnx.Rngs(params=jax.random.fold_in(wrapped(root_key(seed)), 2**31))
 
 
 def assert_same_seed(seed: int) -> None:
-    """Processes must have the same seed, and so (it is derived from them) the same experiment and data.
+    """Checks that all processes have the same seed and so, as it is derived from them, experiment and data.
 
     Raises:
-      ValueError: some do not agree with the first; on all of them, so that none waits for another.
+      ValueError: some differ from the first; raised on all of them, so that none waits for another.
     """
     known = seed % 2**63
     if any_process(broadcast_from_process_0(known) != known):

@@ -1,6 +1,7 @@
-"""What a run needs before its first update: checks, seed, fingerprints, ledger, checkpoint, compiled pieces.
+"""Prepares a run for its first update: checks, seed, fingerprints, ledger, checkpoint, compiled pieces.
 
-Everything that can be refused is refused here. Nothing is charged, and no file but that of a secret seed is written.
+Everything that can be refused is refused here. Nothing is charged, and no files are written but a secret seed
+and the lock of the ledger; damaged checkpoints are set aside.
 """
 
 import contextlib
@@ -43,12 +44,13 @@ REMEDY = "the run ends with those before it: lower the learning rate"
 
 @dataclasses.dataclass
 class Session:
-    """A run that is ready to go on from `state`; made by `prepare`, driven by `dpnb.training.loop.train`.
+    """A run that is ready to continue from `state`; made by `prepare`, driven by `dpnb.training.loop.train`.
 
-    payer: makes updates, and charges the ledger for each before anything of it is seen.
+    payer: makes updates, and charges the ledger for each before any of it is seen.
+    settings: hash of what decides how the program rounds, see `dpnb.training.settings`.
     history: points of the curve so far.
-    public: the weights that it began with, see `dpnb.models.weights.provenance`.
-    seconds: of wall time that earlier processes took.
+    public: the weights that it started from, see `dpnb.models.weights.provenance`.
+    seconds: wall time that earlier processes took.
     """
 
     experiment: Experiment
@@ -62,34 +64,39 @@ class Session:
     history: list[dict[str, Any]]
     public: dict[str, str] | None
     seconds: float
-    evaluate: Callable[[Any, Any], Evaluation]  # (params, split)
+    began: float  # when this process began, on `time.monotonic`
+    evaluate_split: Callable[[Any, Any], Evaluation]  # (params, split)
     is_finite: Callable[[Any], bool]  # (params): their outputs for public inputs
     budget_spent: Callable[[int], float]  # (charges) -> epsilon
 
     def __post_init__(self):
-        self.start, self.began = int(self.state.step), time.monotonic()
+        self.start = int(self.state.step)
 
-    def update(self) -> tuple[State, Any, str]:
-        """One update, paid for: (new state, statistics, ""), or (old state, None, why the run ends here)."""
+    def update_and_charge(self) -> tuple[State, Any, str]:
+        """Makes one update and pays for it: (new state, metrics, "").
+
+        The last item says why the run ends here, if it does: the update was refused (then the state is the
+        old one and the metrics are None), or its outputs are not finite, and the caller drops the new state.
+        """
         new, seen, stopped = self.payer.update(self.state)
         if not stopped and not self.is_finite(new.params):
             stopped = f"update {int(new.step)} left parameters whose outputs are not finite; {REMEDY}"
         return new, seen, stopped
 
     def epsilon(self, step: int) -> float:
-        """An upper bound on what is spent after so many updates, those charged twice counted twice."""
+        """Returns an upper bound on epsilon after `step` updates; those charged twice count twice."""
         return self.budget_spent(step + call_on_process_0(lambda: self.ledger.extra))
 
-    def accuracies(self, state: State) -> dict[str, float]:
-        """Of raw and averaged parameters on the first `eval_examples` images, for a point of the curve."""
+    def evaluate(self, state: State) -> dict[str, float]:
+        """Evaluates raw and averaged parameters on the first `eval_examples` images, in percent."""
         split = self.data.test.head(self.experiment.eval_examples)
         return {
-            f"{name}_accuracy": self.evaluate(params, split).accuracy
+            f"{name}_accuracy": self.evaluate_split(params, split).accuracy
             for name, params in (("raw", state.params), ("ema", state.ema))
         }
 
     def save(self) -> None:
-        """Writes a checkpoint, once there is something to keep: at update 0 the next start is as the first one."""
+        """Writes a checkpoint, except at update 0, where there is nothing to keep."""
         if int(self.state.step):
             notes = {"history": self.history, "stream": self.payer.stream, "settings": self.settings}
             notes["seconds"] = self.seconds + time.monotonic() - self.began
@@ -107,7 +114,7 @@ def prepare(
     devices: list[jax.Device] | None = None,
     allowed_steps: int | None = None,
 ) -> Iterator[Session]:
-    """Checks everything, opens ledger and checkpoints, and compiles; the ledger is locked until the block ends.
+    """Checks everything, opens ledger and checkpoints, and compiles; the ledger is locked within the block.
 
     Arguments and errors are those of `dpnb.training.train`.
     """
@@ -126,7 +133,7 @@ def prepare(
     allowed = {mechanism: allowed_steps} if allowed_steps else None
     devices = jax.devices() if devices is None else devices
     settings = settings_of(experiment, data, devices)
-    # Locked from here on, and nothing is written yet. The other processes' ledgers are never asked.
+    # The ledger is locked from here on, and nothing is written to it. Those of other processes are not used.
     with open_ledger(
         journal, budget, experiment.accountant, allowed_steps=allowed, settings=settings
     ) as ledger:
@@ -159,11 +166,11 @@ def prepare(
             history=notes.get("history", []),
             public=public,
             seconds=notes.get("seconds", 0.0),
-            evaluate=evaluate,
+            began=began,
+            evaluate_split=evaluate,
             is_finite=make_is_finite(trainer, data),
             budget_spent=epsilon_spent(mechanism, experiment),
         )
-        session.began = began
         try:
             yield session
         finally:
@@ -171,7 +178,7 @@ def prepare(
 
 
 def _identify(experiment, data, folder, model, optimizer, public) -> tuple[str, int, str]:
-    """(fingerprint of the release, its seed, a label that tells seeds apart), the same on every process."""
+    """Returns (fingerprint of the release, its seed, label of the seed), the same on every process."""
     custom = computation(model, optimizer, data.shape)
     origin = {"public": public["sha256"]} if public else {}
     fingerprint = experiment.fingerprint(data=data.fingerprint, custom=custom, **origin)
@@ -186,7 +193,7 @@ def _identify(experiment, data, folder, model, optimizer, public) -> tuple[str, 
 
 
 def _stream(ledger: Ledger, state: State, notes: dict[str, Any], settings: str) -> str:
-    """The stream to go on in: that of the checkpoint, or a new one under other settings.
+    """Returns the stream to continue in: that of the checkpoint, or a new one under other settings.
 
     Raises:
       LedgerError: the ledger does not hold the checkpoint's last update.
@@ -203,13 +210,13 @@ def _stream(ledger: Ledger, state: State, notes: dict[str, Any], settings: str) 
 def calibrate(experiment: Experiment, n: int) -> Experiment:
     """Fills in the one field among (noise_multiplier, steps, epsilon) that is None.
 
-    Where all three are given they are kept, and the ledger ends the run when the budget is spent.
+    If all three are given they are kept, and the ledger ends the run when the budget is spent.
 
     Args:
       experiment: what is to be trained.
       n: number of training examples; q = expected_batch_size / n.
     Raises:
-      ValueError: B > n, or nothing that fits the budget.
+      ValueError: expected_batch_size > n, or nothing fits the budget.
     """
     e, q = experiment, experiment.expected_batch_size / n
     if q > 1:
@@ -234,16 +241,16 @@ def calibrate(experiment: Experiment, n: int) -> Experiment:
 
 
 def open_ledger(journal: pathlib.Path | None, *terms, **more) -> Ledger:
-    """The run's ledger on the first process, an empty one in memory on the others; errors are raised on all."""
+    """Opens the run's ledger on process 0 and an empty one in memory elsewhere; errors are raised on all."""
     opened = []
     call_on_process_0(lambda: opened.append(Ledger(journal, *terms, **more)))
     return opened[0] if opened else Ledger(None, *terms, **more)
 
 
 def make_is_finite(trainer: Trainer, data: Dataset) -> Callable[[Any], bool]:
-    """A function of parameters: do they give finite outputs for public inputs?
+    """Returns a function that says whether parameters give finite outputs for random images.
 
-    It reads nothing but released parameters and random images, so that ending a run by it costs no privacy.
+    It reads nothing but these and released parameters, so ending a run by it costs no privacy.
     """
     inputs = noise_images(data)
     finite = jax.jit(lambda params: jnp.isfinite(trainer.apply(params, inputs)).all())

@@ -1,4 +1,4 @@
-"""What is known to decide how a program rounds, and what it runs on."""
+"""Collects what is known to decide how a program rounds, and the hardware it runs on."""
 
 import hashlib
 import json
@@ -23,15 +23,15 @@ DECISIVE_FLAGS = (
 
 
 def hardware(devices: list[jax.Device]) -> str:
-    """Number and kind of the devices, and the version of JAX."""
+    """Returns number and kind of the devices, and the version of JAX, in words."""
     return f"{len(devices)} x {devices[0].device_kind}, jax {jax.__version__}"
 
 
 def settings_of(experiment: Experiment, data: Dataset, devices: list[jax.Device]) -> str:
-    """SHA-256 (hex) of what is known to decide how a program rounds: where it differs, noise is drawn afresh.
+    """Returns the SHA-256 (hex) of what is known to decide how a program rounds; a change redraws noise.
 
-    Incomplete as any such list, and only there to avoid surprises: that a repeated update is the same is
-    found from its bits (`dpnb.training.replay`).
+    Like any such list it is incomplete, and it only avoids surprises: whether a repeated update is the same
+    is decided by its bits (`dpnb.training.replay`).
     """
     found = {name: getattr(experiment, name) for name in ("form", "remat", "shard")}
     found |= {
@@ -45,7 +45,7 @@ def settings_of(experiment: Experiment, data: Dataset, devices: list[jax.Device]
 
 
 def versions(data: Dataset) -> dict[str, str]:
-    """What else decides about the last bits: of the compiler, and of what decodes photographs."""
+    """Returns versions and flags of compiler, libraries and image decoders, which affect the last bits."""
     found = {"jaxlib": jaxlib.__version__, "flax": flax.__version__, "optax": optax.__version__}
     found |= {"numpy": np.__version__, "flags": os.environ.get("XLA_FLAGS", "")}
     if isinstance(data.train, Photographs):

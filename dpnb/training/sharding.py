@@ -1,4 +1,4 @@
-"""Where arrays lie on a one-dimensional mesh: whole on every device, or divided over them."""
+"""Places arrays on a one-dimensional mesh: whole on every device, or divided over the devices."""
 
 from typing import Any
 
@@ -10,19 +10,19 @@ AXIS = "data"
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """A copy on every device."""
+    """Returns the sharding that keeps a copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Divided along the first axis."""
+    """Returns the sharding that divides the first axis over the devices."""
     return NamedSharding(mesh, PartitionSpec(AXIS))
 
 
 def state_shardings(tree: Any, mesh: Mesh, divided: bool) -> Any:
-    """A sharding for each leaf: whole, or (`divided`) along its longest axis that the devices divide.
+    """Returns a sharding for each leaf: whole, or (`divided`) along its longest divisible axis.
 
-    Leaves without such an axis stay whole.
+    An axis is divisible if its length is a multiple of the number of devices; leaves without one stay whole.
     """
 
     def place(leaf):
@@ -36,13 +36,13 @@ def state_shardings(tree: Any, mesh: Mesh, divided: bool) -> Any:
 
 
 def put(x: Any, sharding: NamedSharding) -> jax.Array:
-    """An array that every process has, on the devices of all of them."""
+    """Puts an array that every process has on the devices of all processes."""
     x = np.asarray(x)
     return jax.make_array_from_callback(x.shape, sharding, lambda at: x[at])
 
 
 def fetch_replicated(x: jax.Array) -> jax.Array:
-    """The whole array on a device of this process; every process has to call it for one that is divided."""
+    """Returns the whole array on a device of this process; if it is divided, every process must call this."""
     if not x.is_fully_replicated:
         x = jax.jit(lambda x: x, out_shardings=replicated(x.sharding.mesh))(x)
     return x.addressable_data(0)

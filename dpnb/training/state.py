@@ -1,4 +1,4 @@
-"""All that an update reads and writes, and the sums over one logical batch."""
+"""The state that an update reads and writes, and the sums over one logical batch."""
 
 from typing import Any, NamedTuple
 
@@ -8,7 +8,7 @@ PyTree = Any
 
 
 class State(NamedTuple):
-    """All that an update reads and writes; one checkpoint holds it whole."""
+    """All that an update reads and writes; a checkpoint holds all of it but the key."""
 
     step: jax.Array  # int32 [], updates done
     params: PyTree  # float32
@@ -20,16 +20,16 @@ class State(NamedTuple):
 class Accumulator(NamedTuple):
     """Sums over a logical batch, one partial sum per device: leading axis [devices]."""
 
-    gradient: PyTree  # clipped, int32 in units of the grid; float32 where there is no noise
+    gradient: PyTree  # clipped, int32 in units of the grid; float32 if there is no noise
     seen: "BatchMetrics"
 
 
 class BatchMetrics(NamedTuple):
-    """Sums over a logical batch that are NOT private: never released, only shown.
+    """Sums over a logical batch that are NOT private: shown, but left out by `dpnb.results.release`.
 
-    All float32: examples, loss, fraction of views classified correctly, gradient norm before
+    All are float32: examples, loss, fraction of views classified correctly, gradient norm before
     clipping (finite ones), examples that were clipped, examples with a non-finite gradient, and
-    those whose image could not be read.
+    examples whose image could not be read.
     """
 
     examples: jax.Array

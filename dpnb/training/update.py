@@ -1,4 +1,4 @@
-"""The compiled pieces of one update: accumulate on every device, then update once.
+"""Compiles the pieces of one update: accumulate on every device, then update once.
 
 augment -> per-example gradient -> mean over views -> clip -> sum | all-reduce -> noise
 -> / expected batch -> optimizer -> EMA
@@ -36,7 +36,7 @@ from dpnb.training.state import Accumulator, BatchMetrics, PyTree, State
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-    """The compiled pieces of one experiment on one data set; see `make_trainer`."""
+    """The compiled pieces of one experiment on one data set, from `make_trainer`."""
 
     experiment: Experiment
     sampler: sampling.Sampler  # which examples are in which update
@@ -49,13 +49,13 @@ class Trainer:
     state: State  # before the first update
     feed: Feed  # of the training images; it borrows the sampler
     physical_batch_size: int  # examples, over all devices
-    zero: Callable  # () -> Totals
-    accumulate: Callable  # (params, totals, images, labels, indices, mask, key) -> Totals
-    update: Callable  # (state, totals, noise) -> state, Seen
+    zero: Callable  # () -> Accumulator
+    accumulate: Callable  # (params, totals, images, labels, indices, mask, key) -> Accumulator
+    update: Callable  # (state, totals, noise) -> (State, BatchMetrics)
 
 
 def reseeded(trainer: Trainer, seed: int) -> tuple[Trainer, jax.Array]:
-    """The same compiled pieces with sampling and noise of another seed; and the `State.key` that goes with it."""
+    """Returns the same compiled pieces with sampling and noise of another seed, and its `State.key`."""
     noise = trainer.noise and dataclasses.replace(trainer.noise, seed=seed)
     sampler = dataclasses.replace(trainer.sampler, seed=seed)
     return dataclasses.replace(trainer, sampler=sampler, noise=noise), put(root_key(seed), trainer.places.key)
@@ -71,7 +71,7 @@ def make_trainer(
     devices: list[jax.Device] | None = None,
     physical_batch_size: int | None = None,
 ) -> Trainer:
-    """Compiles nothing yet, spends nothing yet: puts data and parameters on the devices.
+    """Puts data and parameters on the devices; nothing is compiled or spent yet.
 
     Args:
       experiment: with `noise_multiplier` and `steps` known (see `dpnb.training.calibrate`).
@@ -79,11 +79,11 @@ def make_trainer(
       seed: of sampling, augmentation, noise and initial parameters. Releases of two experiments
         must not share it (`train` derives one from the seed and the experiment).
       model: any NNX model of images [batch, h, w, c] -> logits (default: the experiment's).
-      optimizer: any Optax transformation (default: SGD, without momentum in the paper).
-      devices: default all devices of all processes, as a one-dimensional mesh.
+      optimizer: any Optax transformation (default: `make_optimizer(experiment)`).
+      devices: form a one-dimensional mesh; default all devices of all processes.
       physical_batch_size: examples per device and call; default `per_device_batch_size(experiment)`.
     Raises:
-      ValueError: noise_multiplier is None (0 is no noise), or noise of a sum without a bound is asked for.
+      ValueError: noise_multiplier is None (0 means no noise), or there is noise but clip_norm is infinite.
     """
     check_noise(experiment)
     n, devices = len(data.train), devices or jax.devices()
@@ -140,9 +140,15 @@ def make_trainer(
 def make_accumulate(
     grad: ClippedGrad, augmult: int, mesh: jax.sharding.Mesh, recipe: Recipe, resident: bool
 ) -> Callable:
-    """One physical batch: every device adds its clipped gradients to its own partial sum.
+    """Returns the function of one physical batch: every device adds its clipped gradients to its partial sum.
 
-    Images and labels are the whole data set, or those of the batch alone, see `dpnb.training.feeding`.
+    Args:
+      augmult: number of views of each example.
+      recipe: how images become inputs.
+      resident: whether images and labels are the whole data set, or those of the batch alone (see
+        `dpnb.training.feeding`).
+    Returns:
+      A function (params, totals, images, labels, indices, mask, key) -> `Accumulator`; totals are donated.
     """
     make_views = functools.partial(augment.views, augmult=augmult, recipe=recipe)
 
@@ -180,13 +186,13 @@ def make_accumulate(
 
 
 def make_update(experiment: Experiment, unit: float, optimizer, mesh, places: State) -> Callable:
-    """All-reduce, noise once, divide by the expected batch size, optimizer step, EMA.
+    """Returns the update: all-reduce, noise once, division by the expected batch size, optimizer step, EMA.
 
     Args:
       unit: what one unit of the sum stands for.
-      places: a sharding for each leaf of the state: where parameters are divided, so are sum and noise.
+      places: a sharding for each leaf of the state; sum and noise are divided like the parameters.
     Returns:
-      A function (state, totals, noise) -> (state, Seen); noise as `GridNoise` draws it, None for none.
+      A function (state, totals, noise) -> (State, BatchMetrics); noise is `GridNoise`'s, None for none.
     """
 
     def update(state: State, totals: Accumulator, noise: PyTree) -> tuple[State, BatchMetrics]:
@@ -208,7 +214,7 @@ def make_update(experiment: Experiment, unit: float, optimizer, mesh, places: St
 
 
 def make_zero(params: PyTree, mesh: jax.sharding.Mesh, dtype) -> Callable[[], Accumulator]:
-    """Zeros for one logical batch, a partial sum on every device."""
+    """Returns a function that makes zeros for one logical batch, a partial sum on every device."""
     devices = mesh.devices.size
 
     def zero():
@@ -221,12 +227,12 @@ def make_zero(params: PyTree, mesh: jax.sharding.Mesh, dtype) -> Callable[[], Ac
 
 
 def draw_noise(trainer: Trainer, step: int) -> PyTree:
-    """The noise of one update on the devices; None where there is none."""
+    """Draws the noise of one update and puts it on the devices; None if there is none."""
     return trainer.noise and jax.tree.map(put, trainer.noise(step), trainer.places.params)
 
 
 def one_update(trainer: Trainer, state: State) -> tuple[State, BatchMetrics]:
-    """One private update on the examples that the sampler draws for this step."""
+    """Makes one private update with the examples that the sampler draws for this step; it charges nothing."""
     step, key = int(state.step), step_key(state.key, state.step)
     totals = trainer.zero()
     for batch in trainer.feed.batches(trainer.sampler, step, trainer.physical_batch_size):
@@ -236,5 +242,5 @@ def one_update(trainer: Trainer, state: State) -> tuple[State, BatchMetrics]:
 
 
 def inputs(trainer: Trainer, state: State, totals: Accumulator, indices, mask, key) -> tuple:
-    """The arguments of `trainer.accumulate` for these examples of a data set in memory."""
+    """Returns the arguments of `trainer.accumulate` for these examples of a data set in memory."""
     return state.params, totals, *trainer.feed.batch(indices, mask), key

@@ -1,4 +1,4 @@
-"""Public weights: whose they are, what they saw, how published files become ours, and what is trained from them."""
+"""Public weights: their sources and training data, their conversion, and how a network starts from them."""
 
 from dpnb.models.weights.catalogue import WEIGHTS, identity, load, names, provenance, saw
 from dpnb.models.weights.transfer import Frozen, freeze, load_pretrained_params

@@ -15,7 +15,7 @@ from dpnb.models.weights.catalogue import OURS, WEIGHTS, converted, pack
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """`list` the registry, or `convert` a published file and say its hash."""
+    """Lists the catalogue, or converts or packs a file and prints its hash; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m dpnb.models.weights", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="names, sources, licences, and what each network saw")

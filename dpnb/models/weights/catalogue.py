@@ -1,6 +1,6 @@
-"""Public weights by name or path, and published files converted to safetensors.
+"""Finds public weights by name or path, and converts published files to safetensors.
 
-What a network saw before private training is public by assumption: an epsilon says nothing about it.
+The data that a network saw before private training are public by assumption: no epsilon covers them.
 """
 
 import dataclasses
@@ -32,10 +32,13 @@ class Weights:
     """One published network.
 
     url: of the publisher's file (a directory for Orbax); "" for a file of ours, in a checkout's
-    results/pretrained.  published_as: haiku (a pickle), orbax, timm (safetensors), or dpnb.
-    network: "wrn-40-4", "nfnet-F0", "nf-resnet-50".  saw: the public data behind it.
-    inputs: how pixels were scaled there.  sha256: hex, of the *converted* file; None where nobody
-    has measured it yet, and then the name alone is refused.
+      results/pretrained.
+    published_as: haiku (a pickle), orbax, timm (safetensors), or dpnb.
+    network: "wrn-40-4", "nfnet-F0", "nf-resnet-50".
+    saw: the public data it was trained on.
+    inputs: how its pixels were scaled.
+    sha256: hex, of the *converted* file; None if it has not been measured yet, and then the name alone is
+      refused.
     """
 
     url: str
@@ -60,9 +63,9 @@ _STANDARD = "standardised as in dpnb.data.augment"
 _PHOTOGRAPHS = (
     "ImageNet, the photographs of imagenet2012 (and so of imagenette, imagenet_resized, tiny_imagenet32)"
 )
-# Data sets whose photographs are ImageNet's, or may be: none is public where another is private.
+# Data sets whose photographs are ImageNet's, or may be: none of them is public if another one is private.
 IMAGENETS = "imagenet|ilsvrc|imagewoof"
-# Names that stand in the registry although nobody outside has the weights.
+# Names that the registry of experiments uses although the weights were never released.
 UNRELEASED = ("nf-resnet-200-jft", "nfnet-f3-jft")
 WEIGHTS = {
     "wrn-10-2-tiny-imagenet32": Weights(
@@ -109,22 +112,24 @@ WEIGHTS = {
 
 
 def load(name_or_path: str, cache: str | pathlib.Path = CACHE) -> Arrays:
-    """The parameters of a public network, {"blocks/0/conv1/kernel": float32 array, ...}.
+    """Loads the parameters of a public network, {"blocks/0/conv1/kernel": array, ...}, float32 or as packed.
+
+    The cache is written atomically, and only after the hash was checked.
 
     Args:
       name_or_path: one of `WEIGHTS`, or a safetensors file of ours.
       cache: where converted files of named weights are kept.
     Raises:
-      KeyError: neither a file nor a name.
+      KeyError: it is neither a file nor a name.
       ValueError: a named file is not the one on record, or no hash is on record for it (nothing is
-        trusted on first use); a local one is damaged.  OSError: offline, or no such file.
-        The cache never keeps half a file or a wrong one.
+        trusted on first use); or a local file is damaged.
+      OSError: the publisher cannot be reached, or there is no such file.
     """
     return _parse(_content(str(name_or_path), cache), name_or_path)
 
 
 def _content(name: str, cache: str | pathlib.Path) -> bytes:
-    if name not in WEIGHTS:  # a name is never a file that happens to lie here
+    if name not in WEIGHTS:  # a name never means a local file that happens to be called so
         return _local(name).read_bytes()
     weights = WEIGHTS[name]
     if not weights.url:
@@ -159,7 +164,7 @@ def _content(name: str, cache: str | pathlib.Path) -> bytes:
 
 
 def _local(name: str) -> pathlib.Path:
-    """The file that a path of weights leads to."""
+    """Returns the file at a path of weights."""
     if name in UNRELEASED:
         raise ValueError(f"{name}: networks that saw JFT-300M were never released; `dpnb list` has stand-ins")
     path = pathlib.Path(name).expanduser()
@@ -185,12 +190,15 @@ def _damaged(source, error: SafetensorError) -> ValueError:
 
 
 def converted(published: str | pathlib.Path | bytes, name: str) -> bytes:
-    """The safetensors file of a published one (see `convert`), with what the network saw in it."""
+    """Returns the content of a safetensors file made from a published one (see `convert`).
+
+    Its metadata say which data the network saw.
+    """
     return serialised(convert(published, WEIGHTS[name]), {"saw": WEIGHTS[name].saw})
 
 
 def identity(weights: Arrays) -> str:
-    """SHA-256 (hex) over names, shapes and float32 values, whatever file they came from."""
+    """Returns the SHA-256 (hex) over names, shapes and float32 values, whatever file they came from."""
     digest = hashlib.sha256()
     for name, array in sorted(weights.items()):
         digest.update(f"{name} {array.shape}".encode())
@@ -199,10 +207,10 @@ def identity(weights: Arrays) -> str:
 
 
 def saw(name_or_path: str | pathlib.Path) -> str:
-    """The public data behind these weights, in words; as far as the file itself says.
+    """Returns, in words, the public data that these weights were trained on, as far as the file itself says.
 
     Raises:
-      KeyError, ValueError, OSError: of a file, as `load`.
+      KeyError, ValueError, OSError: as in `load`.
     """
     if str(name_or_path) in WEIGHTS:
         return WEIGHTS[str(name_or_path)].saw
@@ -214,28 +222,27 @@ def saw(name_or_path: str | pathlib.Path) -> str:
 
 
 def provenance(name_or_path: str, private: Dataset | None = None) -> dict[str, str] | None:
-    """Which public weights these are, for the record of what begins with them; None for "", no weights.
+    """Identifies public weights for the record of a run that starts from them; None for "", no weights.
 
     Args:
-      private: what is about to be trained on.
+      private: the data to be trained on.
     Raises:
-      ValueError: the weights say that they saw a data set of that name or fingerprint (or ImageNet, if
-        the classes are WordNet numbers, as ImageNet's are): what they carry of it goes past every clip and
-        all noise, and no epsilon covers it. Renamed copies cannot be detected, nor can other fingerprints in
-        weights from a run with a secret seed, which name their data by a keyed hash; the user vouches for
-        those. Other errors as in `load`.
+      ValueError: the weights say that they saw a data set of that name or fingerprint (or ImageNet, if the
+        classes are WordNet numbers, as ImageNet's are). What they retain of it bypasses clipping and noise,
+        and no epsilon covers it. Renamed copies cannot be detected, nor can weights from a run with a secret
+        seed, which name their data by a keyed hash; the user vouches for those. Other errors as in `load`.
     """
     if not name_or_path:
         return None
     seen = saw(name_or_path)
-    if private is not None:  # refused before anybody downloads and converts them
+    if private is not None:  # refused before they are downloaded and converted
         _refuse_seen(name_or_path, private, seen)
     content = identity(load(name_or_path))
     return {"weights": pathlib.Path(name_or_path).name, "sha256": content, "saw": seen}
 
 
 def _refuse_seen(name_or_path: str, private: Dataset, seen: str) -> None:
-    """Weights that name the private data among what they saw: by name, fingerprint, or ImageNet's classes."""
+    """Refuses weights that name the private data among what they saw: by name, fingerprint or classes."""
     wordnet = sum(re.fullmatch(r"n\d{8}", name) is not None for name in private.classes)
     called = [private.name, *["imagenet"] * (2 * wordnet > len(private.classes))]
     if private.fingerprint in seen or any(names(name, seen) for name in called):
@@ -246,7 +253,7 @@ def _refuse_seen(name_or_path: str, private: Dataset, seen: str) -> None:
 
 
 def names(name: str, text: str) -> bool:
-    """Is a data set named in a text, however it is spelt?  All ImageNets count as one.
+    """Returns whether a text names a data set, however it is spelt.  All ImageNets count as one.
 
     >>> names("cifar10", "CIFAR-10, as it was"), names("cifar10", "CIFAR-100")
     (True, False)
@@ -259,8 +266,12 @@ def names(name: str, text: str) -> bool:
 
 
 def pack(path: str | pathlib.Path) -> bytes:
-    """A safetensors file with the same parameters in float16, half the size, and what they saw."""
-    with np.errstate(over="ignore"):  # said below
+    """Returns a safetensors file with the same parameters in float16, at half the size, and what they saw.
+
+    Raises:
+      ValueError: values are not finite in float16. Other errors as in `load`.
+    """
+    with np.errstate(over="ignore"):  # refused below
         half = {name: array.astype(np.float16) for name, array in sorted(load(path).items())}
     if not all(np.isfinite(array).all() for array in half.values()):
         raise ValueError(f"{path} has values that are not finite in float16, beyond 65504; keep it as it is")
@@ -274,14 +285,14 @@ def _check(name: str, content: bytes, sha256: str, source) -> None:
 
 
 def convert(published: str | pathlib.Path | bytes, weights: Weights) -> Arrays:
-    """A published file as our parameters, float32.
+    """Converts a published file to our parameters, float32.
 
     Args:
       published: the authors' pickle {"params": ..., "network_state": ...}, the directory of their Orbax
         checkpoint {"params": ..., "state": ...}, or timm's safetensors; or the content of a file.
-      weights: which network it should hold.
+      weights: the network that it should hold.
     Raises:
-      ValueError: the file is no such thing (`unpickle.Refused`), or holds another network.
+      ValueError: the file has another format (`unpickle.Refused`), or holds another network.
     """
     kind, _, size = weights.network.rpartition("-")
     if weights.published_as == "timm":
@@ -298,7 +309,7 @@ def convert(published: str | pathlib.Path | bytes, weights: Weights) -> Arrays:
 
 
 def _orbax(directory: str | pathlib.Path):
-    """All arrays of an Orbax checkpoint, as numpy arrays; no code is in such a file."""
+    """Reads all arrays of an Orbax checkpoint, as numpy arrays; such a file contains no code."""
     import orbax.checkpoint
 
     if isinstance(directory, bytes) or not pathlib.Path(directory).is_dir():

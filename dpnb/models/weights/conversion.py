@@ -1,4 +1,4 @@
-"""Published parameters of others under our names: every leaf finds its place, or the file is refused."""
+"""Renames the published parameters of others to ours: every leaf finds its place, or the file is refused."""
 
 from collections.abc import Mapping
 
@@ -12,10 +12,10 @@ TIMM_EPSILON = 1e-5  # added to the variance there
 
 
 class Leaves:
-    """The leaves of a file, taken one by one; what is missing or left over names another network.
+    """The leaves of a file, taken one by one; missing or unused leaves mean that it is another network.
 
     Raises:
-      ValueError: a layer is no dict of arrays. Nested lists are refused: a small pickle can hold very many.
+      ValueError: a layer is not a dict of arrays. Nested lists are refused: a small pickle can hold many.
     """
 
     def __init__(self, layers: Mapping[str, Mapping[str, np.ndarray]]):
@@ -31,21 +31,21 @@ class Leaves:
         self.made: Arrays = {}
 
     def take(self, ours: str, theirs: str, **leaves: str) -> None:
-        """Layer `theirs` as our `ours`; leaves: {our name: their name}."""
+        """Takes layer `theirs` as our layer `ours`; leaves: {our name: their name}."""
         found = self.left.pop(theirs, {})
         for our_leaf, their_leaf in leaves.items():
             if their_leaf not in found:
                 self.missing.append(f"{theirs}/{their_leaf}")
                 continue
             array = np.asarray(found.pop(their_leaf), np.float32)
-            # Old group norms keep their scale as [1, 1, 1, channels], PyTorch its gains as [channels, 1, 1, 1].
+            # Old group norms keep their scale as [1, 1, 1, channels], PyTorch gains as [channels, 1, 1, 1].
             flat = our_leaf in ("scale", "bias", "gain")
             self.made["/".join(filter(None, (ours, our_leaf)))] = array.reshape(-1) if flat else array
         if found:
             self.left[theirs] = found
 
     def finish(self, network: str) -> Arrays:
-        """All that was taken.
+        """Returns all that was taken, by our names.
 
         Raises:
           ValueError: leaves are missing or left over.
@@ -64,12 +64,14 @@ LINEAR = dict(kernel="w", bias="b")
 
 
 def wide_resnet_from_haiku(params: Mapping[str, Arrays], depth: int) -> Arrays:
-    """Haiku's names to ours.  The layers compute the same: padding is SAME in both, the constant of
-    weight standardisation 1e-4, that of the group norm 1e-5.
+    """Renames the parameters of a Wide-ResNet from Haiku's names to ours.
+
+    The layers compute the same: padding is SAME in both, the constant of weight standardisation is 1e-4,
+    that of the group norm 1e-5.
 
     Args:
-      params: {"wide_res_net/First_conv": {"w": ..., "gain": ..., "bias": ...}, ...}; a file of the
-        first release has "~conv_fn/" and "~norm_fn/" in its names, which say nothing.
+      params: {"wide_res_net/First_conv": {"w": ..., "gain": ..., "bias": ...}, ...}; files of the
+        first release also have "~conv_fn/" and "~norm_fn/" in their names, which are dropped.
       depth: 6 n + 4.
     Raises:
       ValueError: names are missing or left over: another depth, or another network.
@@ -99,7 +101,7 @@ def wide_resnet_from_haiku(params: Mapping[str, Arrays], depth: int) -> Arrays:
 
 
 def nfnet_from_haiku(params: Mapping[str, Arrays], depths: tuple[int, ...]) -> Arrays:
-    """Haiku's names of an NFNet to ours; the layers compute the same.
+    """Renames the parameters of an NFNet from Haiku's names to ours; the layers compute the same.
 
     Args:
       params: {"NFNet/~/stem_conv0": {"w": ..., "gain": ..., "bias": ...}, "NFNet/~/nf_block":
@@ -115,9 +117,9 @@ def nfnet_from_haiku(params: Mapping[str, Arrays], depths: tuple[int, ...]) -> A
 
 
 def nfnet_from_timm(state: Arrays, depths: tuple[int, ...]) -> Arrays:
-    """timm's `dm_nfnet_*` (paddings and gains where ours are) as our NFNet, `published_by` deepmind.
+    """Converts timm's `dm_nfnet_*`, whose paddings and gains are where ours are, to our NFNet.
 
-    timm computes GELU exactly, DeepMind and we by its usual approximation: outputs agree to about 1e-3.
+    timm computes GELU exactly, DeepMind and dpnb by its usual approximation: outputs agree to about 1e-3.
 
     Args:
       state: {"stages.0.0.conv1.weight": ..., ...}, as in its safetensors file.
@@ -141,7 +143,7 @@ _TIMM_PARTS = {
 
 
 def _nfnet(leaves: Leaves, depths, stem, blocks, parts, classifier: str, conv, linear) -> Arrays:
-    """Every part of an NFNet; `parts`: {our part of a block: what follows the block's name there}."""
+    """Takes every part of an NFNet; `parts`: {our part of a block: what follows their block's name}."""
     for i, theirs in enumerate(stem):
         leaves.take(f"stem/{i}", theirs, **conv)
     first = _firsts(depths)
@@ -158,18 +160,18 @@ def _nfnet(leaves: Leaves, depths, stem, blocks, parts, classifier: str, conv, l
 
 
 def _firsts(depths: tuple[int, ...]) -> set[int]:
-    """Numbers of the blocks that begin a stage, and project their shortcut."""
+    """Returns the numbers of the blocks that begin a stage and project their shortcut."""
     return {sum(depths[:stage]) for stage in range(len(depths))}
 
 
 def nf_resnet_from_timm(state: Arrays, depths: tuple[int, ...]) -> Arrays:
-    """timm's `nf_resnet*` as our NFResNet with published_by="timm".
+    """Converts timm's `nf_resnet*` to our NFResNet with published_by="timm".
 
-    There the gain of the ReLU is part of the convolution behind it, ours of the ReLU itself: the same product,
-    but for the stem, which no ReLU precedes (its gain grows), and the classifier, which a ReLU precedes
-    (its kernel shrinks). Branches have no skip gain there: 1 here.
+    In timm the gain of a ReLU is part of the convolution after it, here of the ReLU itself. The product is
+    the same, except in the stem, which no ReLU precedes (its gain grows), and in the classifier, which a
+    ReLU precedes (its kernel shrinks). Branches have no skip gain in timm, so it is 1 here.
 
-    Args, Raises: as `nfnet_from_timm`.
+    Args, Raises: as in `nfnet_from_timm`.
     """
     leaves = _timm(state)
     leaves.take("stem", "stem.conv", **_TIMM_CONV)
@@ -205,10 +207,10 @@ def _timm_blocks(depths: tuple[int, ...]) -> list[str]:
 
 
 def _channels_last(arrays: Arrays) -> Arrays:
-    """PyTorch's [out, in, h, w] as [h, w, in, out], its linear layers transposed, and gains such that our
-    weight standardisation gives the weights that timm's gives, whatever the variance.
+    """Transposes PyTorch's kernels, and changes gains such that our standardisation gives timm's weights.
 
-    Ours divides by sqrt(max(v n, 1e-4)), timm's by sqrt((v + 1e-5) n), for variance v and fan-in n.
+    [out, in, h, w] becomes [h, w, in, out], and linear layers [out, in] become [in, out]. For variance v and
+    fan-in n ours divides by sqrt(max(v n, 1e-4)), timm's by sqrt((v + 1e-5) n); the gains make up for it.
     """
     made = {}
     for name, array in arrays.items():

@@ -1,4 +1,4 @@
-"""From public weights to a network that is fine-tuned privately: what it begins with, what is trained."""
+"""Prepares a network for private fine-tuning: loads public weights into it, and freezes a part of them."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,18 +8,18 @@ from dpnb.models.weights.conversion import Arrays
 
 
 class Frozen(nnx.Variable):
-    """A parameter that is not trained: not an `nnx.Param`, so `dpnb.models.pure.functional` leaves it as it is."""
+    """A parameter that is not trained: it is no `nnx.Param`, and `dpnb.models.functional` leaves it alone."""
 
 
 def load_pretrained_params(model: nnx.Module, weights: Arrays) -> None:
-    """Sets every parameter of `model` to the public one of that name; the classifier keeps its own.
+    """Sets every parameter of `model` to the public one of that name, except those of the classifier.
 
-    A new data set has other classes, so the paper, too, resets the classifier before fine-tuning.
+    A new data set has other classes; the paper, too, resets the classifier before fine-tuning.
 
     Args:
       weights: {"blocks/0/conv1/kernel": array, ...}, from `dpnb.models.weights.catalogue.load`.
     Raises:
-      ValueError: names or shapes are not this network's; nothing is set then.
+      ValueError: names or shapes are not this network's, or values are not finite; nothing is set then.
     """
     places = {name: place for name, place in _parameters(model).items() if not name.startswith("linear/")}
     given = {name: array for name, array in weights.items() if not name.startswith("linear/")}
@@ -45,10 +45,10 @@ def load_pretrained_params(model: nnx.Module, weights: Arrays) -> None:
 
 
 def freeze(model: nnx.Module, trainable: str) -> None:
-    """Leaves the last k residual blocks, the last norm or convolution, and the classifier to be trained.
+    """Freezes all but the last k residual blocks, the last norm or convolution, and the classifier.
 
     Args:
-      trainable: "all" (nothing is frozen), or "last-k", k at most the number of blocks.
+      trainable: "all" (nothing is frozen), or "last-k" with k at most the number of blocks.
     Raises:
       ValueError: the network has fewer blocks.
     """
@@ -64,7 +64,7 @@ def freeze(model: nnx.Module, trainable: str) -> None:
 
 
 def _parameters(model: nnx.Module) -> dict[str, tuple[nnx.Module, str]]:
-    """{"blocks/0/conv1/kernel": (the convolution, "kernel"), ...}"""
+    """Returns {"blocks/0/conv1/kernel": (the convolution, "kernel"), ...}."""
     return {
         "/".join(map(str, (*path, leaf))): (module, leaf)
         for path, module in nnx.iter_modules(model)

@@ -1,9 +1,9 @@
 """Reads pickled arrays without running anything that the pickle brings along.
 
-A pickle is a program: loading one from elsewhere runs it.  Here it may build numpy arrays of
-numbers in dicts, lists and tuples, and nothing else; whatever else it names is refused before
-it is imported, and whatever else it would do before it is done.  Only for converting published
-weights once; dpnb keeps weights as safetensors.
+A pickle is a program, and loading one runs it.  Here it may build numpy arrays of numbers in dicts,
+lists and tuples, and nothing else: any other name is refused before it is imported, and any other
+instruction before it is executed.  This serves only to convert published weights once; dpnb keeps
+weights as safetensors.
 """
 
 import io
@@ -16,11 +16,11 @@ import numpy as np
 
 
 class Refused(ValueError):
-    """The pickle wants something other than arrays of numbers in plain containers."""
+    """The pickle asks for something other than arrays of numbers in plain containers."""
 
 
 class _Dtype:
-    """Stands in for a numpy dtype: its code and byte order, nothing that numpy would be told to do."""
+    """Stands in for a numpy dtype, with its code and byte order only."""
 
     def __init__(self, code, *options):
         if not isinstance(code, str) or not re.fullmatch(r"[biufc]\d\d?", code):
@@ -35,7 +35,7 @@ class _Dtype:
 
 
 class _Array:
-    """Stands in for a numpy array until its bytes are there."""
+    """Stands in for a numpy array until its bytes have been read."""
 
     def __init__(self, *subtype_shape_typecode):
         self.array: np.ndarray | None = None
@@ -54,7 +54,7 @@ class _Array:
 
 
 def _array(raw, dtype, shape, order="C", axes=None) -> np.ndarray:
-    """A copy of bytes as an array in this machine's byte order; `axes` of an order "K": see numpy's own."""
+    """Copies bytes into an array in this machine's byte order; `order` and `axes` are numpy's own."""
     if type(dtype) is not _Dtype or not isinstance(raw, (bytes, bytearray)):
         raise Refused(f"an array must be made of numbers in bytes, got {type(raw).__name__}")
     for sizes in (shape, axes or ()):
@@ -72,16 +72,16 @@ def _number(dtype, raw) -> np.generic:
 
 
 def _empty_dict() -> dict:
-    """For an OrderedDict, whose items follow; those among the arguments would be hashed unseen."""
+    """Stands in for OrderedDict, whose items follow; items among its arguments would be hashed unchecked."""
     return {}
 
 
 def _shown(value) -> str:
-    """For an error: what a pickle made can take for ever to print."""
+    """Shows a value in an error message; printing whatever a pickle made could take for ever."""
     return repr(value[:20]) if type(value) is str else type(value).__name__
 
 
-# What a pickle may name, and our own harmless stand-in for it.
+# The names that a pickle may use, each with our harmless stand-in.
 ADMITTED = {
     **{(f"numpy.{core}.multiarray", "_reconstruct"): _Array for core in ("core", "_core")},
     **{(f"numpy.{core}.multiarray", "scalar"): _number for core in ("core", "_core")},
@@ -91,7 +91,7 @@ ADMITTED = {
     ("collections", "OrderedDict"): _empty_dict,
 }
 
-# What a pickle may do: all that protocol 3 or later needs for arrays in plain containers.
+# The instructions that a pickle may use: all that protocol 3 or later needs for arrays in plain containers.
 INSTRUCTIONS = (
     "PROTO FRAME STOP MARK GLOBAL STACK_GLOBAL REDUCE BUILD "
     "MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET "
@@ -101,10 +101,12 @@ INSTRUCTIONS = (
 )
 
 
-class _Unpickler(pickle._Unpickler):  # its twin in C lets nobody say what an instruction may do
-    """Every instruction is one of `INSTRUCTIONS`; containers are plain ones, and only what stands in for an
-    array or a dtype is given a state, once. All arrays together hold no more bytes than the file, however
-    often it uses the same ones."""
+class _Unpickler(pickle._Unpickler):  # instructions of its twin in C cannot be overridden
+    """Runs only `INSTRUCTIONS`, with plain containers.
+
+    Only what stands in for an array or a dtype is given a state, and only once. All arrays together hold no
+    more bytes than the file, however often it uses the same ones.
+    """
 
     def __init__(self, content: bytes):
         super().__init__(io.BytesIO(content))
@@ -162,12 +164,12 @@ class _Unpickler(pickle._Unpickler):  # its twin in C lets nobody say what an in
         made.update(zip(keys, items[1::2], strict=True))
 
     def load_bytearray8(self):
-        self.load_binbytes8()  # which takes no memory for what is not in the file
+        self.load_binbytes8()  # which allocates no memory beyond what is in the file
         self.append(bytearray(self.stack.pop()))
 
 
 class _Instructions(dict):
-    """What is done for the code of an instruction."""
+    """Maps the code of an instruction to what it does, and refuses all others."""
 
     def __missing__(self, code):
         raise Refused(
@@ -182,15 +184,16 @@ _Unpickler.dispatch = _Instructions(
 
 
 def load(file: str | pathlib.Path | bytes) -> Any:
-    """The content of a pickle of arrays, of protocol 3 or later (pickle's and dill's default for long).
+    """Loads a pickle of arrays, of protocol 3 or later (long the default of pickle and dill).
 
     Args:
       file: path, or the bytes themselves.
     Returns:
       nested dicts (keys str), lists and tuples of numpy arrays of numbers, numbers, text and None. What the
-      pickle shares is shared here too: a small file can be a large tree.
+      pickle shares is shared here too, so a small file can be a large tree.
     Raises:
-      Refused: it holds or asks for anything else.  OSError: no such file.
+      Refused: it holds or asks for anything else.
+      OSError: there is no such file.
     """
     content = file if isinstance(file, bytes) else pathlib.Path(file).read_bytes()
     try:
@@ -202,7 +205,7 @@ def load(file: str | pathlib.Path | bytes) -> Any:
 
 
 def _plain(value, seen: dict[int, Any]):
-    """`value` with its arrays in place; `seen`: every container so far, None while it is being copied."""
+    """Copies `value` with its arrays in place; `seen`: every container so far, None while being copied."""
     if type(value) in (dict, list, tuple):
         if id(value) not in seen:
             seen[id(value)] = None
