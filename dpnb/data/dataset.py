@@ -90,6 +90,18 @@ def in_batches(split, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         yield split.images[start : start + size], split.labels[start : start + size]
 
 
+def padded_batches(split, size: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+    """Yields all images of a split in batches of one static size, so that what reads them compiles once.
+
+    Yields:
+      (images [size, ...], labels int32 [size], how many of them are real); the rest is zeros.
+    """
+    for images, labels in split.batches(size):
+        real = len(labels)
+        images = np.pad(images, [(0, size - real)] + [(0, 0)] * (images.ndim - 1))
+        yield images, np.pad(labels, (0, size - real)).astype(np.int32), real
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
     """Training images and the split to report on (test, or held-out validation).

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from dpnb import data
 from dpnb.data.augment import plain
+from dpnb.data.dataset import padded_batches
 from dpnb.data.recipe import Recipe
 from dpnb.experiments import Experiment
 from dpnb.models import functional, weights
@@ -189,11 +190,8 @@ def measure(apply: Callable, params, split, recipe: Recipe, tie: float, batch_si
         return right, near & readable, loss, readable
 
     parts = []
-    for images, labels in split.batches(batch_size):
-        padding = batch_size - len(labels)  # one static size, so one compilation
-        images = np.pad(images, [(0, padding)] + [(0, 0)] * (images.ndim - 1))
-        made = forward(images, np.pad(labels, (0, padding)).astype(np.int32))
-        parts.append([np.asarray(x)[: len(labels)] for x in made])
+    for images, labels, real in padded_batches(split, batch_size):
+        parts.append([np.asarray(x)[:real] for x in forward(images, labels)])
     right, near, loss, readable = map(np.concatenate, zip(*parts, strict=True))
     return Measured(int(right.sum()), int(near.sum()), float(loss[readable].mean()))
 

@@ -10,6 +10,7 @@ import optax
 
 from dpnb.data import Split
 from dpnb.data.augment import plain
+from dpnb.data.dataset import padded_batches
 from dpnb.data.recipe import SMALL_IMAGES, Recipe
 from dpnb.training.sharding import fetch_replicated
 
@@ -44,12 +45,11 @@ def make_evaluate(
     def evaluate(params, split: Split) -> Evaluation:
         params = jax.tree.map(fetch_replicated, params)
         predictions, losses, right = [], [], []
-        for images, labels in split.batches(batch_size):
-            padding = batch_size - len(labels)  # one static size, so one compilation
-            images = np.pad(images, [(0, padding)] + [(0, 0)] * (images.ndim - 1))
-            guess, loss = forward(params, images, np.pad(labels, (0, padding)).astype(np.int32))
-            predictions.append(np.asarray(guess[: len(labels)], np.int32))
-            losses.append(np.asarray(loss[: len(labels)])[labels >= 0])
+        for images, labels, real in padded_batches(split, batch_size):
+            guess, loss = forward(params, images, labels)
+            labels = labels[:real]
+            predictions.append(np.asarray(guess[:real], np.int32))
+            losses.append(np.asarray(loss[:real])[labels >= 0])
             right.append(predictions[-1] == labels)
         accuracy = 100 * float(np.mean(np.concatenate(right)))
         return Evaluation(accuracy, float(np.mean(np.concatenate(losses))), np.concatenate(predictions))

@@ -15,7 +15,7 @@ from flax import nnx
 
 from dpnb.data import Dataset
 from dpnb.data.augment import normalise
-from dpnb.data.dataset import in_batches
+from dpnb.data.dataset import in_batches, padded_batches
 from dpnb.experiments.experiment import Experiment
 from dpnb.models import registry, weights
 from dpnb.models.checks import check_independent
@@ -148,14 +148,13 @@ def extract(transform, split, batch_size: int = 500) -> FeatureSplit:
     A photograph that cannot be read keeps the label -1, and will count as a zero gradient.
     """
     rows, found, start = None, np.empty(len(split), np.int32), 0
-    for images, labels in split.batches(batch_size):
-        padding = [(0, batch_size - len(images))] + [(0, 0)] * (images.ndim - 1)  # one compilation
-        made = np.asarray(transform(np.pad(images, padding)))[: len(images)]
+    for images, labels, real in padded_batches(split, batch_size):
+        made = np.asarray(transform(images))[:real]
         if rows is None:
             rows = np.empty((len(split), *made.shape[1:]), np.float32)
-        rows[start : start + len(images)] = made
-        found[start : start + len(images)] = labels
-        start += len(images)
+        rows[start : start + real] = made
+        found[start : start + real] = labels[:real]
+        start += real
     for array in (rows, found):
         array.flags.writeable = False
     return FeatureSplit(rows, found)
