@@ -1,4 +1,4 @@
-"""Clipped per-example gradients for any JAX model: views, clipping, sums. It can be used without the rest of dpnb."""
+"""Sums of clipped per-example gradients for any JAX model. This package can be used without the rest of dpnb."""
 
 from dpnb.gradients.batching import per_example
 from dpnb.gradients.clipping import FORMS, ClippedGrad, choose_form, clipped_grad

@@ -1,29 +1,36 @@
-"""How an operation meets `vmap`: example by example where that is faster."""
+"""Batching rules for `vmap` that go example by example if that is faster."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 
-def per_example(f: Callable) -> Callable:
-    """`f` with a batching rule of its own: on CPU one call for each example, stacked.
+def per_example(f: Callable[..., Any]) -> Callable[..., Any]:
+    """Gives `f` a batching rule that, on CPU, calls `f` once per example and stacks the results.
 
-    XLA:CPU batches weight gradients badly but runs the single ones at full speed, and it
-    removes the stack again where each example is consumed on its own (as
-    `dpnb.gradients.clipping` does).  Other backends keep the ordinary `vmap`.  The numbers agree
-    to rounding.  `f` takes and returns pytrees of arrays and is not differentiated again.
+    XLA:CPU is slow at batched weight gradients but runs single ones at full speed. It also removes the stack again if
+    each example is consumed on its own, as in `dpnb.gradients.clipping`. Other backends keep the ordinary `vmap`. The
+    numbers agree up to rounding.
+
+    Args:
+      f: function of pytrees of arrays that returns one. It cannot be differentiated again.
+
+    >>> square = per_example(lambda x: x * x)
+    >>> print(jax.vmap(square)(jnp.arange(3.0)))
+    [0. 1. 4.]
     """
 
     @jax.custom_batching.custom_vmap
-    def batched(*args):
+    def batched(*args: Any) -> Any:
         return f(*args)
 
     @batched.def_vmap
-    def rule(axis_size, in_batched, *args):
+    def rule(axis_size: int, in_batched: list[Any], *args: Any) -> tuple[Any, Any]:
         if jax.default_backend() == "cpu":
-            # An unbatched argument is legal (the same for all examples).
-            def pick(i):
+            # An argument may be unbatched; it is then the same for all examples.
+            def pick(i: int) -> list[Any]:
                 return jax.tree.map(lambda x, b: x[i] if b else x, list(args), list(in_batched))
 
             out = [f(*pick(i)) for i in range(axis_size)]

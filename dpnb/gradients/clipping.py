@@ -1,4 +1,4 @@
-"""The clipped-gradient core: mean over views, clip per example, sum."""
+"""Clipped gradients: the mean over the views, clipped for each example, summed over the examples."""
 
 import dataclasses
 import math
@@ -11,21 +11,21 @@ import jax.numpy as jnp
 from dpnb.privacy import LARGEST_CLIP_NORM, SMALLEST_CLIP_NORM
 
 PyTree = Any
-FEW = 64  # examples whose gradients are added one by one on CPU
+FEW = 64  # on CPU, the gradients of at most this number of examples are added one by one
 FORMS = ("materialised", "two-pass")
-SHARE = 0.4  # of the free memory, for per-example gradients that are kept
-MARGIN = (
-    2**-13
-)  # by which gradients on a grid are clipped below the clip norm, for what norms may be rounded by
-LANES = 256  # squares that are added up at a time
+SHARE = 0.4  # part of the memory of a device that per-example gradients may take
+# Gradients on a grid are clipped below the clip norm by this fraction, to make room for the rounding of norms.
+MARGIN = 2**-13
+LANES = 256  # number of squares that are added up at a time
 
 
 class NonPrivate(NamedTuple):
-    """What each example did. NOT differentially private: for debugging and plots, not release.
+    """What happened to each example. NOT differentially private: for debugging and plots, not for release.
 
-    norms: float32 [examples], gradient norms before clipping (NaN or Inf where non-finite).
-    losses: float32 [examples], mean over views.
-    aux: whatever the loss returned beside its value, with a leading examples axis.
+    norms: float32 [examples], gradient norms before clipping (NaN or Inf if not finite).
+    losses: float32 [examples], means over the views.
+    aux: what the loss returned beside its value, with a leading examples axis.
+
     Norms and losses of masked examples are zero; their aux is meaningless.
     """
 
@@ -36,7 +36,7 @@ class NonPrivate(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ClippedGrad:
-    """Sum over examples of clipped gradients; made by `clipped_grad`."""
+    """Computes the sum over examples of clipped gradients. `clipped_grad` makes it and documents the fields."""
 
     loss: Callable[..., Any]
     clip_norm: float
@@ -48,20 +48,19 @@ class ClippedGrad:
 
     @property
     def sensitivity(self) -> float:
-        """l2 bound on the change of the sum when one example is added or removed.
+        """Bound on the l2 norm of the change of the sum when one example is added or removed.
 
-        `clip_norm`, or 1 where gradients are rescaled to unit norm; inf without clipping.
-        Holds in both forms, whatever the examples, the parameters and the loss function. On a grid it
-        holds without exception: the integers of one example have a norm of at most 2^grid_bits, and their
-        sum is exact. In floats it holds to rounding: the vector that is added for one example may be
-        longer by a relative 1e-6 (the tests measure it in float64, also with two million weights), and
-        every addition rounds the sum itself, by a relative 6e-8.
+        It is `clip_norm`, 1 if gradients are rescaled to unit norm, and inf without clipping. It holds in both forms,
+        for any examples, parameters and loss function. On a grid it holds without exception: the integers of one
+        example have a norm of at most 2^grid_bits, and their sum is exact. In floats it holds up to rounding: the
+        vector that is added for one example may be longer by a relative 1e-6 (the tests measure it in float64, also
+        with two million weights), and every addition rounds the sum itself by a relative 6e-8.
         """
         return 1.0 if self.rescale_to_unit_norm else self.clip_norm
 
     @property
     def unit(self) -> float:
-        """What one unit of the sum stands for: 1 for floats, sensitivity / 2^grid_bits on a grid."""
+        """The value of one unit of the sum: 1 for floats, sensitivity / 2^grid_bits on a grid."""
         return 1.0 if self.grid_bits is None else self.sensitivity / 2**self.grid_bits
 
     def __call__(
@@ -71,17 +70,16 @@ class ClippedGrad:
 
         Args:
           params: pytree of floating arrays, the point at which to differentiate.
-          examples: pytree of arrays that share their leading axis [examples, ...].
-          mask: bool [examples]; False marks padding, whose content never matters.
-          total: pytree like `params`, float32, or int32 on a grid: the sum so far (default: zero).
+          examples: pytree of arrays that share their leading axis, [examples, ...].
+          mask: bool [examples]; False marks padding, whose content makes no difference.
+          total: the sum so far, a pytree like `params` of float32, or of int32 on a grid; zero by default.
         Returns:
-          (pytree like `params`: the sum, float32 (or float64 where `params` are), or int32 in `unit`s,
-          modulo 2^32; `NonPrivate`).
+          (sum, `NonPrivate`). The sum is a pytree like `params`, of float32 (float64 if `params` are), or of int32 in
+          `unit`s, modulo 2^32.
         Raises:
-          ValueError: `microbatch_size` does not divide the number of examples, or arrays of
-            `examples` and `mask` disagree on that number.
-          TypeError: parameters or losses that are not real floating numbers, which have no gradient
-            whose norm could be clipped.
+          ValueError: `microbatch_size` does not divide the number of examples, or the arrays of `examples` and
+            `mask` disagree on that number.
+          TypeError: parameters or losses are not real floating numbers, so no gradient has a norm to be clipped.
         """
         size = jax.tree.leaves(examples)[0].shape[0]
         mask = jnp.ones(size, bool) if mask is None else mask
@@ -107,10 +105,14 @@ class ClippedGrad:
             infos.append(info)
         return total, jax.tree.map(lambda *xs: jnp.concatenate(xs), *infos)
 
-    def _zeros(self, p):
+    def _zeros(self, p: jax.Array) -> jax.Array:
+        """The empty sum of one parameter."""
         return jnp.zeros(p.shape, _accumulator(p) if self.grid_bits is None else jnp.int32)
 
-    def _add(self, params, total, examples, mask):
+    def _add(
+        self, params: PyTree, total: PyTree, examples: PyTree, mask: jax.Array
+    ) -> tuple[PyTree, NonPrivate]:
+        """`total` plus the clipped gradients of one microbatch."""
         gradient = jax.vmap(jax.value_and_grad(self._mean_loss, has_aux=True), (None, 0))
         (losses, aux), grads = gradient(params, examples)
         grads = jax.tree.map(lambda g: g.astype(_accumulator(g)), grads)
@@ -121,7 +123,7 @@ class ClippedGrad:
         factor = self._factor(jnp.where(included, norms, 1.0))
         few = jax.default_backend() == "cpu" and len(norms) <= FEW
 
-        def add(total, g, factor, included):
+        def add(total: jax.Array, g: jax.Array, factor: jax.Array, included: jax.Array) -> jax.Array:
             # Kernels of convolutions come one by one, see `dpnb.gradients.batching`.
             adder = _add_one_by_one if few and g.ndim > 3 else _add_reduced
             return adder(total, g, factor, included)
@@ -130,7 +132,7 @@ class ClippedGrad:
         if self.form == "materialised":
             return jax.tree.map(lambda total, g: add(total, g, factor, included), total, grads), info
 
-        def add_again(total, g, squares):
+        def add_again(total: jax.Array, g: jax.Array, squares: jax.Array) -> jax.Array:
             g = g.astype(_accumulator(g))
             allowed, now = jnp.sqrt(squares), jnp.sqrt(_squares(g))
             within = jnp.where(now > allowed, allowed / now, 1)
@@ -138,24 +140,25 @@ class ClippedGrad:
 
         return jax.tree.map(add_again, total, self._second_pass(params, examples, norms), squares), info
 
-    def _mean_loss(self, params, example):
-        """(mean over views, aux)."""
+    def _mean_loss(self, params: PyTree, example: PyTree) -> tuple[jax.Array, PyTree]:
+        """(mean of the loss over the views, aux)."""
         value = self.loss(params, example)
         value, aux = value if self.has_aux else (value, ())
         _check_floating(value, "the loss")
         return jnp.mean(value.astype(_accumulator(value))), aux
 
-    def _second_pass(self, params, examples, norms):
-        """The gradients once more, in a way that XLA cannot merge with the first time.
+    def _second_pass(self, params: PyTree, examples: PyTree, norms: jax.Array) -> PyTree:
+        """The gradients once more, in a way that XLA cannot merge with the first pass.
 
-        It would merge equal computations, and keep the gradients between them. So each loss is
-        multiplied by a one that depends on the norm (zero where that is NaN: such are not included).
+        XLA would merge equal computations and keep the gradients between them. Each loss is therefore multiplied by a
+        one that depends on the norm (by zero if the norm is NaN; such examples are not included).
         """
         one = jnp.where(norms >= 0, 1, 0).astype(norms.dtype)
         gradient = jax.grad(lambda params, example, one: one * self._mean_loss(params, example)[0])
         return jax.vmap(gradient, (None, 0, 0))(params, examples, one)
 
-    def _factor(self, norms):
+    def _factor(self, norms: jax.Array) -> jax.Array:
+        """The factors that clip gradients of these norms."""
         if math.isinf(self.clip_norm):
             return jnp.ones_like(norms)
         clipped = self.clip_norm if not self.rescale_to_unit_norm else 1.0
@@ -164,11 +167,11 @@ class ClippedGrad:
         return clipped / jnp.maximum(norms, self.clip_norm)
 
 
-def _squares(g):
+def _squares(g: jax.Array) -> jax.Array:
     """The sum of squares of each example, axis by axis, at most `LANES` terms at a time.
 
-    Whatever the order in which those are added, each level rounds by a relative 256 * 2^-24 = 2^-16 at most, and
-    no array of networks needs more than four full ones; a plain sum of millions of terms may drift by far more.
+    In whatever order the terms are added, each level rounds by a relative 256 * 2^-24 = 2^-16 at most, and no parameter
+    of a network needs more than four full levels. A plain sum of millions of terms may drift by far more.
     """
     squares = jnp.square(g)
     while squares.ndim > 1:
@@ -176,15 +179,15 @@ def _squares(g):
     return squares
 
 
-def _finite(x):
-    """As `jnp.isfinite`, from the bits: some options of compilers assume that nothing is ever NaN."""
+def _finite(x: jax.Array) -> jax.Array:
+    """As `jnp.isfinite`, but from the bits, because some compiler options assume that no number is NaN."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32 if x.dtype.itemsize == 4 else jnp.uint64)
     exponent = jnp.array(jnp.inf, x.dtype).view(bits.dtype)
     return (bits & exponent) != exponent
 
 
-def _level(x):
-    """Sums over the last axis, or over `LANES` neighbours along it where it is longer."""
+def _level(x: jax.Array) -> jax.Array:
+    """Sums over the last axis, or over groups of `LANES` neighbours if that axis is longer."""
     *lead, last = x.shape
     if last <= LANES:
         return x.sum(-1)
@@ -193,25 +196,26 @@ def _level(x):
     return jnp.concatenate([sums, x[..., whole:].sum(-1, keepdims=True)], -1) if last > whole else sums
 
 
-def _add_one_by_one(total, g, factor, included):
-    """total + sum of factor * g over the included examples, as one fused pass; for a few examples, on CPU."""
+def _add_one_by_one(total: jax.Array, g: jax.Array, factor: jax.Array, included: jax.Array) -> jax.Array:
+    """total + sum of factor * g over the included examples, in one fused pass; for few examples on CPU."""
     for i in range(g.shape[0]):
         scaled = (g[i] * factor[i].astype(g.dtype)).astype(total.dtype)  # to integers: towards zero
         total = total + jnp.where(included[i], scaled, jnp.zeros_like(scaled))
     return total
 
 
-def _add_reduced(total, g, factor, included):
-    """The same as a reduction, of the same size whatever the number of examples.
+def _add_reduced(total: jax.Array, g: jax.Array, factor: jax.Array, included: jax.Array) -> jax.Array:
+    """The same as a reduction, whose program has the same size for any number of examples.
 
-    Not a matrix product, which would round to half precision there.
+    It is not a matrix product, which accelerators would round to half precision.
     """
     over = [-1] + [1] * (g.ndim - 1)
     scaled = (g * factor.astype(g.dtype).reshape(over)).astype(total.dtype)
     return total + jnp.where(included.reshape(over), scaled, jnp.zeros_like(scaled)).sum(0, dtype=total.dtype)
 
 
-def _check_floating(x, what: str) -> None:
+def _check_floating(x: Any, what: str) -> None:
+    """Raises TypeError if `x` is not of real floating numbers."""
     if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
         raise TypeError(
             f"{what} must be real floating numbers, got {jnp.result_type(x)}; use float32 "
@@ -219,8 +223,8 @@ def _check_floating(x, what: str) -> None:
         )
 
 
-def _accumulator(x) -> jnp.dtype:
-    """At least float32: clipping and sums never happen in half precision."""
+def _accumulator(x: Any) -> jnp.dtype:
+    """The dtype of clipping and sums, at least float32: neither is ever done in half precision."""
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
@@ -234,58 +238,56 @@ def clipped_grad(
     form: str = "materialised",
     grid_bits: int | None = None,
 ) -> ClippedGrad:
-    """The sum over examples of gradients clipped to `clip_norm` (paper, section 2 and 3).
+    """The sum over examples of gradients clipped to `clip_norm` (paper, sections 2 and 3).
 
-    For one example the gradient is that of the mean of `loss`; where the loss returns one
-    value per view (augmentation multiplicity, paper section 3.2), the mean over the views
-    is inside the clip, so an example counts once however many views it has.
+    The gradient of an example is that of the mean of `loss`. If the loss returns one value per view (augmentation
+    multiplicity, paper section 3.2), the mean over the views is inside the clip, so an example counts once however
+    many views it has.
 
-    Formal guarantees: the sum changes by at most `.sensitivity` in l2 norm when one example
-    is added or removed, for any parameters and any example: the examples are isolated by
-    `vmap`, so not even a batch norm can mix them, and an example whose gradient norm is
-    NaN, infinite or beyond the range of float32 contributes exactly zero.
+    Formal guarantees: the sum changes by at most `.sensitivity` in l2 norm when one example is added or removed, for
+    any parameters and any example. `vmap` isolates the examples, so not even a batch norm can mix them. An example whose
+    gradient norm is NaN, infinite or beyond the range of float32 contributes exactly zero.
 
-    With `grid_bits` the sum is one of integers: each clipped gradient is rounded towards zero, which never
-    lengthens it, to multiples of sensitivity / 2^grid_bits, and added up in int32. Integers add up to the
-    same whatever their order and the number of devices, and the sensitivity is exact; `dpnb.privacy.noise` says
-    why the noise is then that of the accountant. Gradients are clipped to 1 - 2^-13 of the clip norm
-    there, more than floats can err about a norm (`_squares`).
+    With `grid_bits` the sum is a sum of integers: each clipped gradient is rounded towards zero, which never lengthens
+    it, to multiples of sensitivity / 2^grid_bits, and added up in int32. The sum of integers does not depend on their
+    order or on the number of devices, and the sensitivity is exact. `dpnb.privacy.noise` explains why the noise is then
+    exactly the noise of the accountant. On a grid gradients are clipped to 1 - 2^-13 of the clip norm, a larger margin
+    than the error of a norm in floats (`_squares`).
 
-    Two forms compute the same sum. "materialised" keeps the gradients of all examples until
-    their norms are known. "two-pass" is for models where these do not fit: the first pass reduces
-    each example's gradient to a sum of squares, parameter by parameter; the second computes it
-    again (the forward pass is shared where XLA keeps it), clips it and adds it up. So only the
-    gradients of one layer need to be alive at a time. The second pass measures each example's
-    gradient of each parameter anew, and shortens what is longer than it was in the first: where
-    the passes round differently, still nothing is added beyond the clip. The guarantee is that of
-    the first form, in any precision of the loss.
+    Two forms compute the same sum. "materialised" keeps the gradients of all examples until their norms are known.
+    "two-pass" is for models whose gradients do not fit in memory. Its first pass reduces the gradient of each example
+    to a sum of squares, parameter by parameter. The second pass computes the gradient again (the forward pass is shared
+    if XLA keeps it), clips it and adds it up. Only the gradients of one layer need to be alive at a time. The second
+    pass measures the gradient of each example and parameter anew, and shortens it if it is longer than in the first
+    pass: even if the passes round differently, nothing beyond the clip is added. The guarantee is that of the first
+    form, in any precision of the loss.
 
-    One ordinary gradient of the sum of scaled losses would be a faster second pass, but breaks
-    the guarantee in floating point: it adds terms of different examples before they are clipped.
-    Two views of one example with gradients 1e10 and -1e10 have norm zero, and round away the
-    gradients of the other examples.
+    One ordinary gradient of the sum of scaled losses would be a faster second pass. It would break the guarantee in
+    floating point, because it adds terms of different examples before they are clipped: two views of one example with
+    gradients 1e10 and -1e10 have norm zero, but round away the gradients of the other examples.
 
     Args:
-      loss: pure function `loss(params, example)` of a pytree of parameters and one example
-        (a pytree without the examples axis). Returns a floating scalar, or an array of one
-        loss per view; with `has_aux`, a pair of that and a pytree.
-      clip_norm: C > 0, maximal l2 norm of one example's gradient; `inf` for no clipping.
-      rescale_to_unit_norm: divide by C after clipping (the paper's update), so that the
-        learning rate does not depend on C. The sensitivity is then 1.
-      microbatch_size: examples differentiated at a time; on CPU two microbatches then run side
-        by side. Never changes the result but by rounding. XLA:CPU adds up all microbatches of a
-        call at its end: it is fewer examples in a call that save materialised gradients.
-      form: "materialised", or "two-pass" (less memory, about twice the time); see `choose_form`.
-        XLA:CPU orders operations for speed, and gives back more memory when compiled with
+      loss: pure function `loss(params, example)` of a pytree of parameters and one example (a pytree without the
+        examples axis). It returns a floating scalar, or an array with one loss per view; with `has_aux`, a pair of
+        that and a pytree.
+      clip_norm: C > 0, the maximal l2 norm of the gradient of one example; `inf` for no clipping.
+      rescale_to_unit_norm: divide by C after clipping, as in the paper's update, so that the learning rate does not
+        depend on C. The sensitivity is then 1.
+      has_aux: whether `loss` returns a pair (value, aux).
+      microbatch_size: the number of examples that are differentiated at a time; on CPU two microbatches then run side
+        by side. It changes the result only by rounding. XLA:CPU adds up all microbatches of a call at its end, so
+        smaller microbatches do not save the memory of materialised gradients; fewer examples per call do.
+      form: "materialised", or "two-pass" (less memory, about twice the time); see `choose_form`. XLA:CPU orders
+        operations for speed. It returns more memory if compiled with
         `xla_cpu_scheduler_type="CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"` among `compiler_options`.
-      grid_bits: None for a sum of floats, else 0 to 24: integers in units of sensitivity / 2^grid_bits. Sums
+      grid_bits: None for a sum of floats; 0 to 24 for a sum of integers in units of sensitivity / 2^grid_bits. Sums
         beyond 31 bits wrap around, see `dpnb.privacy.noise.grid_bits`.
     Returns:
-      A function `(params, examples, mask=None, total=None) -> (sum, NonPrivate)` that can be
-      jitted; its `.sensitivity` is the l2 sensitivity of the sum.
+      A function `(params, examples, mask=None, total=None) -> (sum, NonPrivate)` that can be jitted. Its `.sensitivity`
+      is the l2 sensitivity of the sum.
     Raises:
-      ValueError: `clip_norm` is not positive, below 1e-12 or (finite) above 1e18, or infinite together with
-        rescaling or a grid; `microbatch_size` below 1; a `form` that is neither; `grid_bits` out of range.
+      ValueError: `clip_norm` is not positive, below 1e-12, finite and above 1e18, or infinite together with rescaling
+        or a grid; `microbatch_size` is below 1; `form` is neither form; or `grid_bits` is out of range.
 
     >>> import jax.numpy as jnp
     >>> grad = clipped_grad(lambda w, x: w @ x, clip_norm=5.0)
@@ -321,31 +323,32 @@ def clipped_grad(
     )
 
 
-def choose_form(params: PyTree, examples: int, free_bytes: int) -> tuple[str, str]:
-    """The form of the clipped gradient that fits the memory, and the sentence that says why.
+def choose_form(params: PyTree, examples: int, memory_bytes: int) -> tuple[str, str]:
+    """The form of the clipped gradient that fits the memory, and a sentence that says why.
 
     Args:
       params: pytree of arrays or of their shapes (`jax.ShapeDtypeStruct`); nothing is allocated.
-      examples: whose gradients are alive at a time: those of one call on one device.
-      free_bytes: free memory of the device (`dpnb.training.cost.free_memory`).
+      examples: the number of examples whose gradients are alive at a time, those of one call on one device.
+      memory_bytes: all the memory that the device has for arrays, used or free.
     Returns:
-      ("materialised", why) where the float32 gradients of that many examples take at most 40 % of
-      the free memory (the rest is for activations, the sum and the optimizer), else ("two-pass", why).
+      ("materialised", why) if the float32 gradients of the examples take at most 40 % of the memory (the rest is for
+      parameters, activations, the sum and the optimizer), else ("two-pass", why).
     Raises:
-      ValueError: `examples` below 1.
+      ValueError: `examples` is below 1.
 
     >>> print(*choose_form(jax.ShapeDtypeStruct((2**20, 25), "float32"), 8, 2**30), sep=": ")
-    two-pass: gradients of 8 examples, 100.0 MiB each, take 800.0 MiB, more than 40 % of the 1.0 GiB that are free
+    two-pass: gradients of 8 examples, 100.0 MiB each, take 800.0 MiB, more than 40 % of the 1.0 GiB of the device
     """
     if examples < 1:
         raise ValueError(f"examples must be at least 1, got {examples}")
     one = sum(math.prod(p.shape) * _accumulator(p).itemsize for p in jax.tree.leaves(params))
-    fits = examples * one <= SHARE * free_bytes
+    fits = examples * one <= SHARE * memory_bytes
     return FORMS[0] if fits else FORMS[1], (
         f"gradients of {examples} examples, {_size(one)} each, take {_size(examples * one)}, "
-        f"{'at most' if fits else 'more than'} {100 * SHARE:.0f} % of the {_size(free_bytes)} that are free"
+        f"{'at most' if fits else 'more than'} {100 * SHARE:.0f} % of the {_size(memory_bytes)} of the device"
     )
 
 
 def _size(bytes_: int) -> str:
+    """A number of bytes in MiB or GiB."""
     return f"{bytes_ / 2**30:.1f} GiB" if bytes_ >= 2**30 else f"{bytes_ / 2**20:.1f} MiB"

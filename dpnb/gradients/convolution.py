@@ -1,21 +1,20 @@
-"""A convolution whose weight gradient knows how to be taken per example.
+"""A convolution with a fast weight gradient per example.
 
-`vmap(grad(loss))` over examples turns the weight gradient of a convolution into a
-grouped convolution, which every backend runs slowly.  Here only that one operation
-gets its own batching rule (`jax.custom_batching.custom_vmap`); user code stays
-`vmap(grad(loss))` and the numbers stay exact.  Pass `conv_general_dilated` to any
-Flax convolution: `nnx.Conv(..., conv_general_dilated=dpnb.gradients.convolution.conv_general_dilated)`.
+`vmap(grad(loss))` over examples turns the weight gradient of a convolution into a grouped convolution, which every
+backend runs slowly. This module gives that one operation its own batching rule (`jax.custom_batching.custom_vmap`).
+User code remains `vmap(grad(loss))`, and the numbers remain exact. Pass `conv_general_dilated` to any Flax convolution:
+`nnx.Conv(..., conv_general_dilated=dpnb.gradients.convolution.conv_general_dilated)`.
 
-Which formulation is fastest differs by backend and by shape, so the rule is switchable:
+The fastest formulation depends on backend and shape, so it can be chosen:
 
 ===================  =============================================================
 ``unrolled``         one ordinary weight-gradient convolution for each example
 ``unrolled_im2col``  all kernel offsets side by side, one matrix product for each example
 ``sliced``           for each kernel offset, one batched matrix product over examples
 ``im2col``           all offsets side by side, a single batched matrix product
-``grouped``          what JAX does without this module: one grouped convolution
-``auto``             CPU: by shape, as measured by benchmarks/clipped_gradient.py;
-                     elsewhere ``sliced``, not measured yet
+``grouped``          one grouped convolution, as JAX does without this module
+``auto``             on CPU by shape, as measured by benchmarks/clipped_gradient.py;
+                     elsewhere ``sliced``, which has not been measured yet
 ===================  =============================================================
 
 Reverse-over-reverse differentiation is not supported (the gradient of a gradient).
@@ -25,7 +24,8 @@ import contextlib
 import functools
 import itertools
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,24 +33,29 @@ from jax import lax
 
 FORMULATIONS = ("auto", "unrolled", "unrolled_im2col", "sliced", "im2col", "grouped")
 _formulation = "auto"
+Padding = tuple[tuple[int, int], ...]
+Shape = tuple[int, ...]
 
 
 class Spec(NamedTuple):
-    """The static part of a convolution; padding as explicit (low, high) pairs."""
+    """The static arguments of a convolution; padding is given as (low, high) pairs."""
 
-    strides: tuple[int, ...]
-    padding: tuple[tuple[int, int], ...]
-    dilation: tuple[int, ...]
+    strides: Shape
+    padding: Padding
+    dilation: Shape
     groups: int
-    precision: object = None
+    precision: Any = None
 
 
 @contextlib.contextmanager
-def formulation(name: str):
-    """Choose the weight-gradient formulation for everything traced inside the block.
+def formulation(name: str) -> Iterator[None]:
+    """Chooses the formulation of weight gradients for everything that is traced inside the block.
 
     Raises:
       ValueError: the name is not one of `FORMULATIONS`.
+
+    >>> with formulation("im2col"):
+    ...     pass  # trace, or call for the first time, what should use it
     """
     if name not in FORMULATIONS:
         raise ValueError(f"formulation must be one of {FORMULATIONS}, got {name!r}")
@@ -62,12 +67,14 @@ def formulation(name: str):
         _formulation = before
 
 
-def _dimension_numbers(rank: int):
+def _dimension_numbers(rank: int) -> tuple[str, str, str]:
+    """The channels-last layout of a convolution with `rank` spatial dimensions."""
     spatial = "DHW"[3 - rank :]
     return ("N" + spatial + "C", spatial + "IO", "N" + spatial + "C")
 
 
-def _forward(x, w, spec: Spec):
+def _forward(x: jax.Array, w: jax.Array, spec: Spec) -> jax.Array:
+    """The convolution itself."""
     return lax.conv_general_dilated(
         x, w, spec.strides, spec.padding, rhs_dilation=spec.dilation,
         dimension_numbers=_dimension_numbers(len(spec.strides)),
@@ -75,11 +82,11 @@ def _forward(x, w, spec: Spec):
     )  # fmt: skip
 
 
-def _kernel_slices(x, kernel: tuple[int, ...], out: tuple[int, ...], spec: Spec):
-    """For each kernel offset, the inputs it meets: [examples, views, *out, channels] each."""
+def _kernel_slices(x: jax.Array, kernel: Shape, out: Shape, spec: Spec) -> Iterator[jax.Array]:
+    """For each kernel offset, the inputs that it multiplies, [examples, views, *out, channels]."""
     lead = x.ndim - len(kernel) - 1
     none = [(0, 0, 0)] * lead
-    # lax.pad also crops where a padding is negative.
+    # lax.pad also crops if a padding is negative.
     x = lax.pad(x, jnp.zeros((), x.dtype), [*none, *[(lo, hi, 0) for lo, hi in spec.padding], (0, 0, 0)])
     for offset in itertools.product(*map(range, kernel)):
         start = [o * d for o, d in zip(offset, spec.dilation, strict=True)]
@@ -92,8 +99,8 @@ def _kernel_slices(x, kernel: tuple[int, ...], out: tuple[int, ...], spec: Spec)
         )
 
 
-def _products(x, g, w_shape, spec: Spec, im2col: bool):
-    """Per-example weight gradient as batched matrix products.
+def _products(x: jax.Array, g: jax.Array, w_shape: Shape, spec: Spec, im2col: bool) -> jax.Array:
+    """The weight gradients of the examples as batched matrix products.
 
     x [examples, views, *in, cin], g [examples, views, *out, cout] -> [examples, *w_shape].
     """
@@ -111,13 +118,14 @@ def _products(x, g, w_shape, spec: Spec, im2col: bool):
     return d.reshape(examples, *w_shape)
 
 
-def _one(x, g, w_shape, spec: Spec):
+def _one(x: jax.Array, g: jax.Array, w_shape: Shape, spec: Spec) -> jax.Array:
     """The ordinary weight gradient, summed over everything in the batch."""
     zero = jnp.zeros(w_shape, g.dtype)
-    return jax.linear_transpose(lambda w: _forward(x, w, spec), zero)(g)[0]
+    (d,) = jax.linear_transpose(lambda w: _forward(x, w, spec), zero)(g)
+    return d
 
 
-def _choose(x_shape, g_shape, w_shape, spec: Spec) -> str:
+def _choose(x_shape: Shape, g_shape: Shape, w_shape: Shape, spec: Spec) -> str:
     """The formulation for this backend and shape."""
     if _formulation != "auto":
         return _formulation
@@ -129,24 +137,24 @@ def _choose(x_shape, g_shape, w_shape, spec: Spec) -> str:
 
 
 @functools.cache
-def _weight_grad(w_shape, spec: Spec):
-    """The weight gradient of one convolution, with its own rule under vmap."""
+def _weight_grad(w_shape: Shape, spec: Spec) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """The weight gradient of one convolution, with its own batching rule."""
 
     @jax.custom_batching.custom_vmap
-    def weight_grad(x, g):
+    def weight_grad(x: jax.Array, g: jax.Array) -> jax.Array:
         return _one(x, g, w_shape, spec)
 
     @weight_grad.def_vmap
-    def rule(axis_size, in_batched, x, g):
-        # An unbatched cotangent (or input) is legal: it is the same for all examples.
+    def rule(axis_size: int, in_batched: list[bool], x: jax.Array, g: jax.Array) -> tuple[jax.Array, bool]:
+        # A cotangent (or input) may be unbatched; it is then the same for all examples.
         x = x if in_batched[0] else jnp.broadcast_to(x, (axis_size, *x.shape))
         g = g if in_batched[1] else jnp.broadcast_to(g, (axis_size, *g.shape))
         how = _choose(x.shape, g.shape, w_shape, spec)
         if how == "unrolled":
             d = jnp.stack([_one(x[b], g[b], w_shape, spec) for b in range(axis_size)])
         elif how == "unrolled_im2col":
-            d = [_products(x[b : b + 1], g[b : b + 1], w_shape, spec, True) for b in range(axis_size)]
-            d = jnp.concatenate(d)
+            parts = [_products(x[b : b + 1], g[b : b + 1], w_shape, spec, True) for b in range(axis_size)]
+            d = jnp.concatenate(parts)
         elif how == "grouped":
             d = jax.vmap(lambda x, g: _one(x, g, w_shape, spec))(x, g)
         else:
@@ -156,8 +164,8 @@ def _weight_grad(w_shape, spec: Spec):
     return weight_grad
 
 
-def _input_grad(w, g, x_shape, spec: Spec):
-    """Input gradient; at stride 1 a plain forward convolution with flipped weights."""
+def _input_grad(w: jax.Array, g: jax.Array, x_shape: Shape, spec: Spec) -> jax.Array:
+    """The input gradient; at stride 1 it is a forward convolution with flipped weights."""
     spatial = range(w.ndim - 2)
     if all(s == 1 for s in spec.strides) and spec.groups == 1:
         reach = [(k - 1) * d for k, d in zip(w.shape[:-2], spec.dilation, strict=True)]
@@ -165,19 +173,25 @@ def _input_grad(w, g, x_shape, spec: Spec):
         flipped = jnp.flip(w, tuple(spatial)).swapaxes(-1, -2)
         return _forward(g, flipped, spec._replace(padding=padding))
     zero = jnp.zeros(x_shape, g.dtype)
-    return jax.linear_transpose(lambda x: _forward(x, w, spec), zero)(g)[0]
+    (d,) = jax.linear_transpose(lambda x: _forward(x, w, spec), zero)(g)
+    return d
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _conv(x, w, spec: Spec):
+def _conv(x: jax.Array, w: jax.Array, spec: Spec) -> jax.Array:
+    """The convolution with the gradients of this module."""
     return _forward(x, w, spec)
 
 
-def _conv_fwd(x, w, spec):
+def _conv_fwd(x: jax.Array, w: jax.Array, spec: Spec) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """(the convolution, what its gradients need)."""
     return _forward(x, w, spec), (x, w)
 
 
-def _conv_bwd(spec, residuals, g):
+def _conv_bwd(
+    spec: Spec, residuals: tuple[jax.Array, jax.Array], g: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(input gradient, weight gradient)."""
     x, w = residuals
     return _input_grad(w, g, x.shape, spec), _weight_grad(w.shape, spec)(x, g)
 
@@ -186,31 +200,36 @@ _conv.defvjp(_conv_fwd, _conv_bwd)
 
 
 def conv_general_dilated(
-    lhs,
-    rhs,
-    window_strides,
-    padding,
-    lhs_dilation=None,
-    rhs_dilation=None,
-    dimension_numbers=None,
-    feature_group_count=1,
-    batch_group_count=1,
-    precision=None,
-    preferred_element_type=None,
-    **kwargs,
-):
-    """Drop-in for `jax.lax.conv_general_dilated`, with fast per-example weight gradients.
+    lhs: jax.Array,
+    rhs: jax.Array,
+    window_strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
+    dimension_numbers: Any = None,
+    feature_group_count: int = 1,
+    batch_group_count: int = 1,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    **kwargs: Any,
+) -> jax.Array:
+    """Replaces `jax.lax.conv_general_dilated` and has fast weight gradients per example.
 
-    Channels-last convolutions of 1 to 3 spatial dimensions (what Flax writes), strided,
-    dilated or grouped, take the rule of this module; anything else (transposed
-    convolutions, batch groups, other layouts) is passed to JAX unchanged.
+    The rule of this module applies to channels-last convolutions of 1 to 3 spatial dimensions, as Flax writes them;
+    they may be strided, dilated or grouped. All others (transposed convolutions, batch groups, other layouts) are
+    passed to JAX unchanged.
 
     Args:
       lhs: inputs, [batch, *spatial, features].
       rhs: kernel, [*spatial, features / groups, out_features].
       others: as in `jax.lax.conv_general_dilated`.
     Returns:
-      [batch, *spatial_out, out_features], of the inputs' dtype.
+      [batch, *spatial_out, out_features], of the dtype of the inputs.
+
+    >>> layout = ("NHWC", "HWIO", "NHWC")
+    >>> images, kernel = jnp.ones((2, 5, 5, 3)), jnp.ones((3, 3, 3, 8))
+    >>> conv_general_dilated(images, kernel, (1, 1), "SAME", dimension_numbers=layout).shape
+    (2, 5, 5, 8)
     """
     rank = lhs.ndim - 2
     kwargs = {name: value for name, value in kwargs.items() if value is not None}  # Flax: out_sharding=None
@@ -231,5 +250,5 @@ def conv_general_dilated(
     if isinstance(padding, str):
         reach = [(k - 1) * d + 1 for k, d in zip(rhs.shape[:-2], dilation, strict=True)]
         padding = lax.padtype_to_pads(lhs.shape[1:-1], reach, strides, padding)
-    padding = tuple((int(lo), int(hi)) for lo, hi in padding)
-    return _conv(lhs, rhs, Spec(strides, padding, dilation, feature_group_count, precision))
+    explicit = tuple((int(lo), int(hi)) for lo, hi in padding)
+    return _conv(lhs, rhs, Spec(strides, explicit, dilation, feature_group_count, precision))

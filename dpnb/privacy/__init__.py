@@ -1,7 +1,7 @@
-"""Privacy: samplers, exact noise, the accountant, calibration, the ledger, and what a run promises in words.
+"""Samplers, exact noise, accountants, calibration, the ledger and the privacy statement.
 
-Nothing here needs JAX but `dpnb.privacy.noise`, which is imported by its own name. dp-accounting is imported only
-when a number is computed, so that a machine without it can train.
+Only `dpnb.privacy.noise` needs JAX; it is imported by its own name. dp-accounting is imported when the first epsilon
+is computed, so that a machine without it can train.
 """
 
 from dpnb.privacy.accounting import (
@@ -29,14 +29,14 @@ from dpnb.privacy.mechanism import (
     warn_if_delta_is_large,
 )
 from dpnb.privacy.randomness import derived_seed
-from dpnb.privacy.sampling import PoissonSampler, ShuffleSampler, physical_batches
+from dpnb.privacy.sampling import PoissonSampler, Sampler, ShuffleSampler, physical_batches
 from dpnb.privacy.statement import privacy_statement
 
 __all__ = [
     "ACCOUNTANTS", "DEFAULT_ACCOUNTANT", "LARGEST_CLIP_NORM", "MOST_STEPS", "NEIGHBOURS", "PLD_INTERVAL",
     "SAMPLERS", "SMALLEST_CLIP_NORM", "BudgetExceeded", "DeltaTooSmall", "Ledger", "LedgerError", "LedgerLocked",
-    "Mechanism", "MissingAccountant", "PoissonSampler", "PrivacyBudget", "SharedNoise", "ShuffleSampler",
-    "affordable_steps", "calibrate_noise", "calibrate_steps", "compose", "counts_from_json", "derived_seed",
-    "epsilon", "epsilon_curve", "events_from_json", "find_accountant", "physical_batches", "privacy_statement",
-    "warn_if_delta_is_large",
+    "Mechanism", "MissingAccountant", "PoissonSampler", "PrivacyBudget", "Sampler", "SharedNoise",
+    "ShuffleSampler", "affordable_steps", "calibrate_noise", "calibrate_steps", "compose", "counts_from_json",
+    "derived_seed", "epsilon", "epsilon_curve", "events_from_json", "find_accountant", "physical_batches",
+    "privacy_statement", "warn_if_delta_is_large",
 ]  # fmt: skip

@@ -1,6 +1,6 @@
-"""The accountants: an upper bound on epsilon for so many steps of a mechanism.
+"""The accountants: upper bounds on the epsilon of a number of steps of a mechanism.
 
-All accounting is dp-accounting's, which is imported only when a number is computed.
+dp-accounting does the accounting; it is imported when a number is computed.
 """
 
 import contextlib
@@ -10,36 +10,46 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from dpnb.privacy.mechanism import Mechanism, dp_accounting_or_error
+from dpnb.privacy.mechanism import DpEvent, Mechanism, dp_accounting_or_error
 
-PLD_INTERVAL = 1e-4  # discretisation of the privacy loss, as the paper's code has it since v0.2
-PLD_ROUNDING = 2.0**-50  # a step's share in delta, see `_pld_rounding`
-RDP_ROUNDING = 2.0**-48  # a step's share in the exponent (order - 1) x divergence, over the order
-PLD_COARSE_INTERVAL = 1e-3  # a tenth of the time, and an epsilon at most a thousandth higher
+Runs = Sequence[tuple[DpEvent, int]]  # (event of one step, how many steps of it), ...
+Accountant = Callable[[Runs, float, bool], float]  # (runs, delta, coarse) -> epsilon
+
+PLD_INTERVAL = 1e-4  # discretisation of the privacy loss, as in the paper's code since v0.2
+PLD_ROUNDING = 2.0**-50  # the share of one step in delta, see `_pld_rounding`
+RDP_ROUNDING = 2.0**-48  # the share of one step in the exponent (order - 1) x divergence, over the order
+PLD_COARSE_INTERVAL = 1e-3  # takes a tenth of the time; epsilon is at most a thousandth higher
 DEFAULT_ACCOUNTANT = "pld"  # the tighter one
-FIRST_GUESS = "rdp"  # the cheap one, whose answer a search with another accountant begins at
+FIRST_GUESS = "rdp"  # the cheap one; a search with another accountant begins at its answer
 
 
 class DeltaTooSmall(ValueError):
-    """PLD's rounding errors are as large as this delta, so that it can prove no epsilon there. RDP can."""
+    """PLD cannot prove an epsilon at this delta because its rounding errors are as large; RDP can."""
 
 
 def epsilon(
-    mechanism, steps: int, delta: float, accountant: str = DEFAULT_ACCOUNTANT, *, coarse: bool = False
+    mechanism: Mechanism | DpEvent,
+    steps: int,
+    delta: float,
+    accountant: str = DEFAULT_ACCOUNTANT,
+    *,
+    coarse: bool = False,
 ) -> float:
-    """Smallest epsilon that the accountant proves for `steps` times `mechanism`: an upper bound on the true
-    one, whatever its rounding errors.
+    """The smallest epsilon that the accountant proves for `steps` runs of `mechanism`.
+
+    It is an upper bound on the true epsilon, rounding errors included. The neighbouring relation is to add or
+    remove one example.
 
     Args:
-      mechanism: `Mechanism`, or any DpEvent.
-      steps: how often it is run; 0 costs nothing.
-      delta: in (0, 1). PLD needs one above its rounding errors: 3e-14 for one step, 2e-11 for 10,000.
-      accountant: a name in `ACCOUNTANTS`. Neighbouring relation: add or remove one example.
-      coarse: a quick look, never below the exact bound and a thousandth above it at most.
+      mechanism: a `Mechanism` or any DpEvent.
+      steps: how often the mechanism runs; 0 costs nothing.
+      delta: in (0, 1). PLD needs a delta above its rounding errors: 3e-14 for one step, 2e-11 for 10,000.
+      accountant: a name in `ACCOUNTANTS`.
+      coarse: compute faster; the result is never below the exact bound and at most a thousandth above it.
     Raises:
-      ValueError: an unknown accountant, or a delta or number of steps out of range.
+      ValueError: the accountant is unknown, or delta or the number of steps is out of range.
       MissingAccountant: dp-accounting is not installed.
-      DeltaTooSmall: PLD can prove nothing at this delta; the message has the smallest it can do.
+      DeltaTooSmall: PLD cannot prove an epsilon at this delta; the message names the smallest delta it can.
 
     >>> round(epsilon(Mechanism(10.0, 4096 / 50_000), 875, 1e-5, accountant="rdp"), 4)
     0.9877
@@ -53,17 +63,17 @@ def epsilon(
     if steps == 0:
         return 0.0
     event = mechanism.event() if isinstance(mechanism, Mechanism) else mechanism
-    # (composing `steps` times and composing an event of `steps` give the same number, to the bit)
+    # Composing `steps` times and composing an event of `steps` give the same number, to the bit.
     runs = list(_runs(dp, event, int(steps)))
     with _quiet():
         return bound(runs, delta, coarse)
 
 
-def find_accountant(name: str) -> Callable[[list, float, bool], float]:
-    """The accountant of that name, as a function (runs of steps, delta, coarse) -> epsilon.
+def find_accountant(name: str) -> Accountant:
+    """The accountant of that name, a function (runs, delta, coarse) -> epsilon.
 
     Raises:
-      ValueError: there is none.
+      ValueError: no accountant has that name.
 
     >>> find_accountant("moments")
     Traceback (most recent call last):
@@ -74,8 +84,8 @@ def find_accountant(name: str) -> Callable[[list, float, bool], float]:
     return ACCOUNTANTS[name]
 
 
-def _runs(dp, event, times: int) -> Iterator[tuple[Any, int]]:
-    """The steps in so many times an event, as (event of one step, how many of it)."""
+def _runs(dp: Any, event: DpEvent, times: int) -> Iterator[tuple[DpEvent, int]]:
+    """The steps of an event that runs `times` times, as (event of one step, how many steps of it)."""
     if isinstance(event, dp.SelfComposedDpEvent):
         yield from _runs(dp, event.event, times * event.count)
     elif isinstance(event, dp.ComposedDpEvent):
@@ -85,20 +95,25 @@ def _runs(dp, event, times: int) -> Iterator[tuple[Any, int]]:
         yield event, times
 
 
-def _composed(account, runs):
+def _composed(account: Any, runs: Runs) -> Any:
+    """`account` with all runs composed into it."""
     for event, steps in runs:
         account.compose(event, steps)
     return account
 
 
-def rdp(runs, delta: float, coarse: bool = False) -> float:
-    """Renyi DP with the orders of the paper's code (v0.1.1), whose numbers it prints.
+def rdp(runs: Runs, delta: float, coarse: bool = False) -> float:
+    """Epsilon by Renyi DP with the orders of the paper's code (v0.1.1), whose numbers it reproduces.
 
-    Divergences are rounded up: rounded down to nothing, they would prove an epsilon of 0.
+    Divergences are rounded up. If they were rounded down to zero, they would prove an epsilon of 0.
 
     Args:
-      runs: (DpEvent of one step, how many of it), ...
-      coarse: makes no difference.
+      runs: pairs (DpEvent of one step, how many steps of it).
+      delta: as in `epsilon`.
+      coarse: makes no difference here.
+
+    >>> round(rdp([(Mechanism(10.0, 4096 / 50_000).event(), 875)], 1e-5), 4)
+    0.9877
     """
     import dp_accounting as dp
     import numpy as np
@@ -109,35 +124,42 @@ def rdp(runs, delta: float, coarse: bool = False) -> float:
     return float(renyi.compute_epsilon(account.orders, np.maximum(account.rdp, 0) + rounding, delta)[0])
 
 
-def _costly(runs, bound: float) -> bool:
+def _costly(runs: Runs, bound: float) -> bool:
     """Whether PLD would take more than some seconds and about a gigabyte, for an epsilon up to `bound`.
 
-    Its grid of one step is the wider the less noise there is, that of all the wider the larger epsilon is,
-    and at many steps it is cut no narrower than sqrt(epsilon x steps).
+    The grid of one step widens as the noise decreases. The grid of all steps widens as epsilon grows, and with many
+    steps it is cut no narrower than sqrt(epsilon x steps).
     """
     noise = [getattr(getattr(event, "event", event), "noise_multiplier", 1.0) for event, _ in runs]
     return bound > 1000 or bound * sum(steps for _, steps in runs) > 1e8 or min(noise, default=1.0) < 0.15
 
 
 def _pld_rounding(steps: int, runs: int) -> float:
-    """A bound, to first order, on what PLD's delta can be too small by.
+    """A first-order bound on how much too small PLD's delta can be.
 
-    A distribution composed n times is the n-th power of its Fourier transform, whose phases are then wrong
-    by up to 2.6 n units in the last place (2^-52), and a sum of its tail by up to about 4 n. (The largest
-    that was found in 200 settings against tilted transforms, which have no such error, is 0.7 n.) Each
-    run adds what does not grow with n, up to 13 such units; and 2e-15 that is cut off as infinite loss.
+    A distribution composed n times is the n-th power of its Fourier transform. The phases of that power are wrong by
+    up to 2.6 n units in the last place (2^-52), and the sum of the tail by up to about 4 n. (The largest error found
+    in 200 settings, against tilted transforms that are free of it, is 0.7 n.) Each run adds an error that does not
+    grow with n, of up to 13 such units, and 2e-15 that is cut off as infinite loss.
     """
     return PLD_ROUNDING * (steps + 16 * runs)
 
 
-def pld(runs, delta: float, coarse: bool = False) -> float:
-    """Privacy loss distributions on a grid of `PLD_INTERVAL`: the tightest bound, at a delta less its rounding errors.
+def pld(runs: Runs, delta: float, coarse: bool = False) -> float:
+    """Epsilon by privacy loss distributions, the tightest bound here.
 
-    If that would take minutes and gigabytes (see `_costly`), RDP's number, an upper bound too, is the answer.
+    Its rounding errors are first subtracted from delta. If PLD would take minutes and gigabytes (see `_costly`), the
+    result is RDP's bound instead.
 
     Args:
-      runs: (DpEvent of one step, how many of it), ...
-      coarse: on a grid of `PLD_COARSE_INTERVAL`.
+      runs: pairs (DpEvent of one step, how many steps of it).
+      delta: as in `epsilon`.
+      coarse: use the grid of `PLD_COARSE_INTERVAL` in place of `PLD_INTERVAL`.
+    Raises:
+      DeltaTooSmall: delta is not above the rounding errors.
+
+    >>> round(pld([(Mechanism(10.0, 4096 / 50_000).event(), 875)], 1e-5), 3)
+    0.903
     """
     import dp_accounting as dp
     from dp_accounting.pld import PLDAccountant
@@ -154,24 +176,30 @@ def pld(runs, delta: float, coarse: bool = False) -> float:
         )
     interval = PLD_COARSE_INTERVAL if coarse else PLD_INTERVAL
     account = _composed(PLDAccountant(dp.NeighboringRelation.ADD_OR_REMOVE_ONE, interval), runs)
-    # (the losses that it looks epsilon up among are a running sum of the interval)
+    # The factor: the losses among which it looks up epsilon are a running sum of the interval.
     return float(account.get_epsilon(delta - rounding)) * (1 + 1e-8)
 
 
-# Name -> function (runs, delta, coarse) -> epsilon. An accountant is added here, and nowhere else.
-ACCOUNTANTS: dict[str, Callable[[list, float, bool], float]] = {"pld": pld, "rdp": rdp}
+# An accountant is added here, and nowhere else.
+ACCOUNTANTS: dict[str, Accountant] = {"pld": pld, "rdp": rdp}
 
 
 def epsilon_curve(
-    mechanism, steps: Sequence[int], delta: float, accountant: str = DEFAULT_ACCOUNTANT
+    mechanism: Mechanism | DpEvent, steps: Sequence[int], delta: float, accountant: str = DEFAULT_ACCOUNTANT
 ) -> list[float]:
-    """Epsilon after each of `steps` updates, for a plot of how the budget is spent; raises as `epsilon`."""
+    """Epsilon after each number of updates in `steps`, for a plot of how the budget is spent.
+
+    Args and errors are those of `epsilon`.
+
+    >>> [round(e, 2) for e in epsilon_curve(Mechanism(1.0, 0.01), [0, 100, 1000], 1e-5, "rdp")]
+    [0.0, 1.22, 2.1]
+    """
     return [_cached_epsilon(mechanism, int(n), delta, accountant) for n in steps]
 
 
 @functools.lru_cache(maxsize=1024)
-def _cached_epsilon(mechanism: Mechanism, steps: int, delta: float, accountant: str) -> float:
-    """A notebook plots the curve that training shows again; PLD takes a second a point."""
+def _cached_epsilon(mechanism: Mechanism | DpEvent, steps: int, delta: float, accountant: str) -> float:
+    """`epsilon`, kept: a notebook plots again the curve that training showed, and PLD takes a second a point."""
     return epsilon(mechanism, steps, delta, accountant)
 
 
@@ -183,8 +211,8 @@ def _rdp_orders() -> list[float]:
 
 
 @contextlib.contextmanager
-def _quiet():
-    """Without a warning for every Renyi order that did not converge: leaving one out is safe."""
+def _quiet() -> Iterator[None]:
+    """Suppresses the warnings about Renyi orders that did not converge; leaving an order out is safe."""
     log = logging.getLogger("absl")
     level = log.level
     log.setLevel(logging.ERROR)

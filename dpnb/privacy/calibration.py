@@ -1,4 +1,4 @@
-"""Calibration that never overshoots: the least noise, or the most steps, within a budget."""
+"""The least noise, or the most steps, that stay within a privacy budget. Neither ever exceeds it."""
 
 import functools
 import math
@@ -8,21 +8,25 @@ from collections.abc import Callable, Mapping
 from dpnb.privacy.accounting import DEFAULT_ACCOUNTANT, FIRST_GUESS, DeltaTooSmall, epsilon, find_accountant
 from dpnb.privacy.mechanism import Mechanism, PrivacyBudget, compose
 
-MOST_STEPS = 10_000_000  # where a search for the number of steps ends
+MOST_STEPS = 10_000_000  # a search for the number of steps ends here
 
 
 @functools.lru_cache(maxsize=256)
 def calibrate_noise(
     budget: PrivacyBudget, sampling_probability: float, steps: int, accountant: str = DEFAULT_ACCOUNTANT
 ) -> float:
-    """Smallest noise multiplier (to 1e-5 relative) with which `steps` updates stay in the budget.
+    """The smallest noise multiplier (to 1e-5 relative) with which `steps` updates stay within the budget.
 
-    Never overshoots: epsilon is at most `budget.epsilon` less a millionth, so that another machine
-    whose last digits differ agrees. 0 for an infinite budget.
+    Epsilon is then at most `budget.epsilon` less a millionth of it, so that a machine whose last digits differ
+    agrees. For an infinite budget the noise multiplier is 0.
 
     Raises:
-      ValueError: an unknown accountant; or no noise up to 1e5 is enough (RDP's orders cannot prove an epsilon much below 0.01).
-      DeltaTooSmall: no noise is enough for PLD to prove anything at this delta; RDP can.
+      ValueError: the accountant is unknown, or no noise multiplier up to 1e5 is enough (RDP's orders cannot prove an
+        epsilon much below 0.01).
+      DeltaTooSmall: PLD cannot prove an epsilon at this delta with any noise; RDP can.
+
+    >>> round(calibrate_noise(PrivacyBudget(8.0, 1e-5), 4096 / 50_000, 2468, "rdp"), 3)
+    2.714
     """
     find_accountant(accountant)
     if operator.index(steps) < 1:
@@ -31,8 +35,8 @@ def calibrate_noise(
         return 0.0
     target = budget.epsilon * (1 - 1e-6)
 
-    def solve(kind: str, guess: float):  # in x = 1/sigma, along which epsilon grows
-        def spent(x):
+    def solve(kind: str, guess: float) -> float | None:  # in x = 1/sigma, along which epsilon grows
+        def spent(x: float) -> float:
             return epsilon(Mechanism(1 / x, sampling_probability), steps, budget.delta, kind)
 
         return _last_that_fits(spent, target, guess, least=1e-5, most=10.0)
@@ -53,22 +57,31 @@ def affordable_steps(
     accountant: str = DEFAULT_ACCOUNTANT,
     spent: Mapping[Mechanism, int] | None = None,
 ) -> int:
-    """Largest n such that n steps of `mechanism`, beside those of the others in `spent`, fit.
+    """The largest n such that n steps of `mechanism` fit the budget, beside the steps of others in `spent`.
 
-    May be 0. The search ends at `MOST_STEPS`, which an infinite budget gives at once, and under PLD where
-    more steps would have rounding errors as large as delta.
+    It may be 0. The search ends at `MOST_STEPS`, which is the result for an infinite budget. Under PLD it also ends
+    at the number of steps whose rounding errors are as large as delta.
 
+    Args:
+      budget: the promise.
+      mechanism: what would run.
+      accountant: a name in `ACCOUNTANTS`.
+      spent: steps of other mechanisms that are already taken, {mechanism: steps}. An entry for `mechanism` itself is
+        ignored.
     Raises:
-      ValueError: an unknown accountant.
-      DeltaTooSmall: so would one step. RDP can prove an epsilon there.
+      ValueError: the accountant is unknown.
+      DeltaTooSmall: the rounding errors of a single step under PLD are as large as delta; RDP can prove an epsilon.
+
+    >>> affordable_steps(PrivacyBudget(8.0, 1e-5), Mechanism(3.0, 4096 / 50_000), "rdp")
+    3066
     """
     find_accountant(accountant)
     if budget.epsilon == math.inf:
         return MOST_STEPS
     counts = dict(spent or {})
 
-    def solve(kind: str, guess: int):
-        def total(n):
+    def solve(kind: str, guess: float) -> float | None:
+        def total(n: float) -> float:
             counts[mechanism] = int(n)
             try:
                 return epsilon(compose(counts), 1, budget.delta, kind)
@@ -90,13 +103,16 @@ def calibrate_steps(
     noise_multiplier: float,
     accountant: str = DEFAULT_ACCOUNTANT,
 ) -> int:
-    """Largest number of updates whose epsilon is at most the budget's: rounded down, and checked.
+    """The largest number of updates whose epsilon is at most the budget's.
 
-    (The paper's code rounds up and overspends by a step or two.)
+    It is rounded down, and its epsilon was computed. (The paper's code rounds up and overspends by a step or two.)
 
     Raises:
-      ValueError: not even one step fits, or `MOST_STEPS` and more do.
+      ValueError: not even one step fits, or `MOST_STEPS` do.
       DeltaTooSmall: as `affordable_steps`.
+
+    >>> calibrate_steps(PrivacyBudget(8.0, 1e-5), 4096 / 50_000, 3.0, "rdp")
+    3066
     """
     mechanism = Mechanism(noise_multiplier, sampling_probability)
     steps = affordable_steps(budget, mechanism, accountant)
@@ -116,15 +132,15 @@ def _last_that_fits(
     most: float,
     whole: bool = False,
 ) -> float | None:
-    """Largest x in [least, most], to 1e-5 relative (or whole), with value_at(x) <= target; None if none.
+    """The largest x in [least, most], to 1e-5 relative (or whole), with value_at(x) <= target; None if there is none.
 
-    `value_at` grows. Brackets outwards from `guess`, then false position (Illinois) on log scales.
-    Every x that is returned was itself evaluated and fits; x + 1 (or x * 1.00001) was and does not.
+    `value_at` must grow. The search brackets x outwards from `guess`, then uses false position (Illinois) on log
+    scales. The x that is returned was itself evaluated and fits; x + 1 (or x * 1.00001) was evaluated and does not.
     """
 
-    def gap(x):
+    def gap(x: float) -> float:
         value = value_at(x)
-        return -math.inf if value <= 0 else math.log(value / target)  # exactly 0 only where equal
+        return -math.inf if value <= 0 else math.log(value / target)  # exactly 0 only if equal
 
     low = high = None  # low fits, high does not
     x, factor = min(max(guess, least), most), 1.1

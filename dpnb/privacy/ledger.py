@@ -1,4 +1,4 @@
-"""The ledger: what was really released, written down before anything of it is seen."""
+"""The ledger, a journal of what a run released, written before anything of it is seen."""
 
 import contextlib
 import dataclasses
@@ -17,9 +17,9 @@ from typing import Any
 from dpnb.files import sync_folder
 from dpnb.privacy.accounting import ACCOUNTANTS, DEFAULT_ACCOUNTANT, epsilon, find_accountant
 from dpnb.privacy.calibration import affordable_steps
-from dpnb.privacy.mechanism import Mechanism, MissingAccountant, PrivacyBudget, compose
+from dpnb.privacy.mechanism import DpEvent, Mechanism, MissingAccountant, PrivacyBudget, compose
 
-VERSION = 2  # of the file
+VERSION = 2  # of the file format
 _MECHANISM = {field.name for field in dataclasses.fields(Mechanism)}
 
 
@@ -28,94 +28,108 @@ class LedgerError(RuntimeError):
 
 
 class LedgerLocked(LedgerError):
-    """Somebody else is writing to this ledger."""
+    """Another process, or another `Ledger` in this one, is writing to this ledger."""
 
 
 class BudgetExceeded(LedgerError):
-    """The step would spend more than was promised. Nothing was written and it must not be taken."""
+    """The step would spend more than was promised. Nothing was written, and the step must not be taken."""
 
 
 class SharedNoise(LedgerError):
-    """Another value of this step was released with the very same noise. Nothing was written."""
+    """Another value of this step was released with the same noise. Nothing was written."""
 
 
 class Ledger:
     """An append-only journal of private updates that refuses to overspend.
 
-    One line of JSON a step, with a hash of what the step released, on disk (fsync) before `charge`
-    returns, so that no released value is ever missing, wherever the process dies. A last line that was
-    torn by dying in the middle of it is removed on opening: its `charge` never returned, so nothing was
-    released. One that lacks nothing but its newline is kept. Each line carries a hash of all lines
-    before it, so that a line that was changed, moved or taken out is noticed.
+    Each step is one line of JSON with a hash of what the step released. The line is on disk (fsync) before `charge`
+    returns, so no released value is missing, wherever the process dies. If it dies while it writes a line, the torn
+    line is removed when the ledger is next opened: its `charge` never returned, so nothing was released. A line that
+    lacks only its newline is kept. Each line carries a hash of all lines before it, so a line that was changed, moved
+    or removed is noticed.
 
-    Formal guarantees: the composition of all charged steps has epsilon <= budget.epsilon at
-    budget.delta under `accountant`, and every released value is among them, provided that the caller
-      - calls `charge` with the hash of every update's result before anything of it leaves the process:
-        a value whose hash is here has been paid for, and releasing the same bits again tells nothing new.
-        This is proven by the bits and inferred from no list of settings;
-      - names the stream that sampling and noise of the step were drawn from. Two values with the same
-        noise do not compose at all, however often they are charged, so that a second one is refused
-        (`SharedNoise`): throw it away unseen, and draw afresh.
-    What is compared leaves one trace: that a repetition differed at all, which depends on how the two
-    programs round. Whoever knows that settings changed (see `dpnb.training.replay`) draws afresh without comparing.
-    That PLD composes mechanisms is proven for a sequence that is fixed beforehand: if sigma or q are changed after
-    looking at results, go by "rdp".
-    A copied or deleted file can vouch for nothing; `check_holds` notices an older one.
+    Formal guarantees: the composition of all charged steps has epsilon <= budget.epsilon at budget.delta under
+    `accountant`, and every released value is among them, provided that the caller
+      - calls `charge` with the hash of the result of every update before anything of it leaves the process. A value
+        whose hash is in the journal has been paid for, and releasing the same bits again reveals nothing new. The
+        equality of the bits proves this; it is not inferred from settings;
+      - names the stream from which the sampling and the noise of the step were drawn. Two values with the same noise do
+        not compose, however often they are charged, so a second value is refused (`SharedNoise`). Discard it unseen
+        and draw fresh noise.
+    The comparison reveals one bit, whether a repetition differed, which depends on how the two programs round. A
+    caller that knows that settings changed (see `dpnb.training.replay`) draws fresh noise without comparing.
+    That PLD composes mechanisms is proven for a sequence that is fixed in advance. If sigma or q are changed after
+    looking at results, use "rdp".
+    The ledger cannot notice on its own that its file was deleted or replaced by an older copy; `check_holds` compares
+    it with a step that is known to have been charged.
 
     Args:
-      path: of the journal (`ledger.jsonl`), created by the first charge, continued where it exists, and
-        locked (by a file of that name and `.lock`) until `close`; None keeps it in memory. In a run of
-        several processes only one has a path.
-      budget: the promise. An existing ledger must have been opened with the same.
-      accountant: a name in `dpnb.privacy.ACCOUNTANTS`, likewise.
-      allowed_steps: for machines without dp-accounting: how many steps of which mechanism fit the
-        budget when nothing else is run, from `dpnb.privacy.calibrate_steps`. Written into the journal,
-        and never raised by passing a larger number later; where dp-accounting is installed, its own
-        number counts.
-      settings: hash of the settings of whoever opens it; those of the first charge stay in the file.
+      path: the journal (`ledger.jsonl`). The first charge creates it, and an existing one is continued. It is locked,
+        by a file of the same name plus `.lock`, until `close`. None keeps the journal in memory. In a run of several
+        processes only one has a path.
+      budget: the promise. An existing ledger must have been opened with the same one.
+      accountant: a name in `dpnb.privacy.ACCOUNTANTS`. An existing ledger must have been opened with the same one.
+      allowed_steps: for machines without dp-accounting, the number of steps of a mechanism that fit the budget if
+        nothing else runs, from `dpnb.privacy.calibrate_steps`. It is written into the journal, and a larger number that
+        is passed later does not raise it. If dp-accounting is installed, a number above its own is refused.
+      settings: a hash of the caller's settings. That of the first charge stays in the file.
     Raises:
-      ValueError: an unknown accountant, or allowed_steps below 1.
-      LedgerLocked: another process, or another `Ledger` in this one, has it open.
-      LedgerError: the file is damaged, or was opened with another budget.
+      ValueError: the accountant is unknown, or a number in allowed_steps is below 1.
+      LedgerLocked: another process, or another `Ledger` in this one, has the journal open.
+      LedgerError: the file is damaged, or was opened with another budget or accountant.
+
+    >>> ledger = Ledger(None, PrivacyBudget(1.0, 1e-5), "rdp")
+    >>> ledger.charge(0, Mechanism(2.0, 0.01), released="hash of the result")
+    True
+    >>> ledger.charge(0, Mechanism(2.0, 0.01), released="hash of the result")  # the same bits are free
+    False
+    >>> ledger.steps, round(ledger.spent, 2)
+    (1, 0.19)
     """
 
     def __init__(
         self,
-        path: str | os.PathLike | None,
+        path: str | os.PathLike[str] | None,
         budget: PrivacyBudget,
         accountant: str = DEFAULT_ACCOUNTANT,
         *,
         allowed_steps: Mapping[Mechanism, int] | None = None,
         settings: str = "",
-    ):
+    ) -> None:
         find_accountant(accountant)
         self.path = None if path is None else pathlib.Path(path)
         self.budget, self.accountant = budget, accountant
-        self.settings = settings  # under which the first step was, or would be, charged
+        self.settings = settings  # with which the first step was, or will be, charged
         self._seen: set[tuple[int, str, Mechanism]] = set()  # (step, hash of what it released, ...)
-        self._at: set[int] = set()  # steps of which something was released
-        self._streams: set[tuple[int, str]] = set()  # the noise that was used
-        self._chain, self._size = "", 0  # of the file: hash of all lines, bytes
-        self._runs: list[list] = []  # [mechanism, steps], in order
+        self._at: set[int] = set()  # steps that released something
+        self._streams: set[tuple[int, str]] = set()  # (step, stream) of the noise that was used
+        self._chain, self._size = "", 0  # hash of all lines of the file, and its size in bytes
+        self._runs: list[tuple[Mechanism, int]] = []  # (mechanism, steps), in order
         self._counts: dict[Mechanism, int] = {}
-        self._recorded: dict[Mechanism, int] = {}  # precomputed numbers of steps, in the journal
-        self._given = dict(allowed_steps or {})  # the same, from this caller
+        self._recorded: dict[Mechanism, int] = {}  # allowed_steps in the journal
+        self._given = dict(allowed_steps or {})  # allowed_steps from this caller
         self._allowed: tuple[Any, int] | None = None  # cache of _affordable
-        self._closed, self._file, self._lock = "", None, None
+        self._closed = ""  # why nothing can be charged
+        self._file: int | None = None
+        self._lock: int | None = None
         try:
             if self.path is not None:
-                self._open()
+                self._open(self.path)
             self._check_allowed()
         except BaseException:
             self.close()
             raise
 
     @classmethod
-    def open(cls, path: str | os.PathLike, *, read_only: bool = False) -> "Ledger":
-        """An existing ledger with the budget it was created with; `read_only` takes no lock.
+    def open(cls, path: str | os.PathLike[str], *, read_only: bool = False) -> "Ledger":
+        """Opens an existing ledger with the budget and the accountant in its file.
 
+        Args:
+          path: the journal.
+          read_only: take no lock; the ledger then cannot charge.
         Raises:
-          LedgerError: no such file, or nothing readable in it.
+          LedgerError: there is no such file, or it is empty or damaged.
+          LedgerLocked: the journal is open elsewhere.
         """
         path = pathlib.Path(path)
         if not path.exists():
@@ -132,23 +146,24 @@ class Ledger:
         return ledger
 
     def charge(self, step: int, mechanism: Mechanism, released: str, stream: str = "") -> bool:
-        """Pays for what one update released, before anything of it leaves the process.
+        """Pays for what one update released; to be called before anything of it leaves the process.
 
         Args:
           step: index of the update, >= 0.
           mechanism: what ran.
-          released: hash of the result, to the bit (`dpnb.training.replay.digest`).
-          stream: name of what sampling and noise were drawn from at this step; "" if they are known to be
+          released: hash of all bits of the result (`dpnb.training.replay.digest`).
+          stream: name of the stream from which sampling and noise of this step were drawn; "" if they are known to be
             fresh.
         Returns:
-          True if it was charged; False if this very value of the step is in the journal already, which
-          reveals nothing new and is free. Another value is charged in full.
+          True if the step was charged. False if the same value of the step is in the journal already: it reveals
+          nothing new and is free. A different value is charged in full.
         Raises:
           SharedNoise: this stream gave another value of this step; nothing is written.
-          BudgetExceeded: it would overspend; nothing is written.
-          LedgerError: the ledger is closed, for instance because writing to it failed, or its file was
-            changed by somebody else.
-          MissingAccountant: dp-accounting is missing and `allowed_steps` does not cover this case.
+          BudgetExceeded: the step would overspend; nothing is written.
+          LedgerError: the ledger is closed, for example because writing to it failed, or its file was changed from
+            outside.
+          MissingAccountant: dp-accounting is not installed, and `allowed_steps` does not cover this case.
+          ValueError, TypeError: an argument is not as stated above.
         """
         if self._closed:
             raise LedgerError(f"the ledger {self.path or 'in memory'} {self._closed}; open it anew to charge")
@@ -178,7 +193,11 @@ class Ledger:
         return True
 
     def check_affordable(self, step: int, mechanism: Mechanism) -> None:
-        """Raises BudgetExceeded if one more step of `mechanism` would overspend."""
+        """Checks that one more step of `mechanism` fits the budget.
+
+        Raises:
+          BudgetExceeded: it would overspend.
+        """
         if self.budget.epsilon < math.inf and self.remaining(mechanism) < 1:
             raise BudgetExceeded(
                 f"step {step} with {mechanism} would exceed {self.budget} under {self.accountant}: "
@@ -186,50 +205,54 @@ class Ledger:
             )
 
     def may_repeat(self, step: int) -> bool:
-        """Whether some value of this step has been released, so that the same again would be free."""
+        """Whether a value of this step has been released, so that releasing it again would be free."""
         return step in self._at
 
     def remaining(self, mechanism: Mechanism) -> int:
-        """How many more steps of `mechanism` fit the budget; slow (seconds) only when it is a new one."""
+        """How many more steps of `mechanism` fit the budget. Takes seconds if the mechanism is new."""
         return self._affordable(mechanism) - self._counts.get(mechanism, 0)
 
     @property
     def steps(self) -> int:
-        """Number of steps charged, those charged twice counted twice."""
+        """The number of charges. A step that was charged twice counts twice."""
         return sum(self._counts.values())
 
     @property
     def extra(self) -> int:
-        """Number of charges beyond one for each step: of repetitions that were not the same."""
+        """The number of charges beyond one per step, for repetitions that were not the same."""
         return self.steps - len(self._at)
 
     @property
     def spent(self) -> float:
-        """Epsilon of all charged steps under the ledger's accountant, at the budget's delta."""
+        """The epsilon of all charged steps, under the ledger's accountant and at the budget's delta."""
         return self.epsilon(self.accountant)
 
     @property
     def is_exactly_accounted(self) -> bool:
-        """Whether every step ran the sampler that is accounted; else every epsilon is nominal."""
+        """Whether every step ran the sampler that is accounted; otherwise every epsilon is nominal."""
         return all(m.is_exactly_accounted for m in self._counts)
 
     def epsilon(self, accountant: str) -> float:
-        """Epsilon of all charged steps at the budget's delta; raises as `dpnb.privacy.epsilon`."""
+        """The epsilon of all charged steps at the budget's delta. Errors are those of `dpnb.privacy.epsilon`."""
         return epsilon(self.to_event(), 1, self.budget.delta, accountant) if self._counts else 0.0
 
-    def to_event(self):
+    def to_event(self) -> DpEvent:
         """The composed dp_accounting DpEvent of all charged steps."""
         return compose(self._counts)
 
     def events(self) -> list[dict[str, Any]]:
-        """The steps in the order of charging, run-length coded: fields of `Mechanism`, and `steps`.
+        """The charged steps in order, run-length coded: the fields of `Mechanism`, and `steps`.
 
-        For result records; `dpnb.privacy.events_from_json` makes a DpEvent of it.
+        Result records contain this list; `dpnb.privacy.events_from_json` turns it into a DpEvent.
         """
         return [{**dataclasses.asdict(m), "steps": n} for m, n in self._runs]
 
     def check_holds(self, step: int, released: str) -> None:
-        """Raises LedgerError if this value of a step, found elsewhere (a checkpoint), was not charged here."""
+        """Checks that this value of a step, found elsewhere (in a checkpoint), was charged here.
+
+        Raises:
+          LedgerError: it was not, so the journal was deleted or is an older copy.
+        """
         if not any((at, what) == (step, released) for at, what, _ in self._seen):
             raise LedgerError(
                 f"the ledger {self.path or 'in memory'} must hold step {step} as the checkpoint has it, got "
@@ -237,7 +260,7 @@ class Ledger:
             )
 
     def close(self, why: str = "is closed") -> None:
-        """Releases the lock; reading still works."""
+        """Releases the lock. Nothing can be charged afterwards; reading still works."""
         self._closed = self._closed or why
         for name in ("_file", "_lock"):
             if getattr(self, name, None) is not None:
@@ -247,15 +270,15 @@ class Ledger:
     def __enter__(self) -> "Ledger":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __del__(self):
+    def __del__(self) -> None:
         self._closed = getattr(self, "_closed", "")
         self.close()
 
-    def _affordable(self, mechanism):
-        """Number of steps of `mechanism` in all that fit beside the other mechanisms' steps."""
+    def _affordable(self, mechanism: Mechanism) -> int:
+        """The total number of steps of `mechanism` that fit beside the steps of the other mechanisms."""
         others = {m: n for m, n in self._counts.items() if m != mechanism}
         if self._allowed is None or self._allowed[0] != (mechanism, others):
             given = self._given.get(mechanism, self._recorded.get(mechanism))
@@ -265,13 +288,14 @@ class Ledger:
                 if given is None or others:
                     raise
                 n = given
-            if mechanism in self._given and not others and given > n:
+            if mechanism in self._given and not others and self._given[mechanism] > n:
                 raise LedgerError(f"allowed_steps must fit {self.budget}: {n} of {mechanism} do, got {given}")
             n = min(n, self._given.get(mechanism, n))
             self._allowed = ((mechanism, others), n)
         return self._allowed[1]
 
-    def _check_allowed(self):
+    def _check_allowed(self) -> None:
+        """Refuses numbers of steps that are not positive or that would raise those in the journal."""
         for mechanism, n in self._given.items():
             if operator.index(n) < 1:
                 raise ValueError(f"allowed_steps must be at least 1, got {n}")
@@ -282,24 +306,25 @@ class Ledger:
                     f"allowed_steps cannot raise it to {n}"
                 )
 
-    def _open(self):
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+    def _open(self, path: pathlib.Path) -> None:
+        """Locks the journal at `path`, repairs its last line and loads it, if it exists."""
+        path.parent.mkdir(parents=True, exist_ok=True)
         # A file of its own: the journal itself may be replaced by an editor or by rsync.
-        self._lock = os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        self._lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 raise LedgerLocked(
-                    f"{self.path} must have one writer, but another process or another Ledger here has it "
+                    f"{path} must have one writer, but another process or another Ledger here has it "
                     "open; end that one (in a notebook: close() it, or restart the kernel)"
                 ) from None
-            warnings.warn(f"{self.path} cannot be locked ({error}): let one process use it", stacklevel=4)
-        if not self.path.exists():
+            warnings.warn(f"{path} cannot be locked ({error}): let one process use it", stacklevel=4)
+        if not path.exists():
             return  # nothing is written before the first charge
-        self._file = os.open(self.path, os.O_RDWR | os.O_APPEND)
-        data = self.path.read_bytes()
-        lines, sound = _parse(data, self.path)
+        self._file = os.open(path, os.O_RDWR | os.O_APPEND)
+        data = path.read_bytes()
+        lines, sound = _parse(data, path)
         if sound != data:
             os.ftruncate(self._file, min(len(sound), len(data)))
             os.write(self._file, sound[len(data) :])
@@ -307,18 +332,19 @@ class Ledger:
         self._size = len(sound)
         if not lines:
             return
-        budget, accountant, self.settings = _header(lines[0], self.path)
+        budget, accountant, self.settings = _header(lines[0], path)
         same = [math.isclose(getattr(budget, k), getattr(self.budget, k)) for k in ("epsilon", "delta")]
         if not all(same) or accountant != self.accountant:
             raise LedgerError(
-                f"{self.path} was opened for {budget} under {accountant}, and a promise cannot be changed "
+                f"{path} was opened for {budget} under {accountant}, and a promise cannot be changed "
                 f"afterwards, got {self.budget} under {self.accountant}; go on with the recorded ones, or "
                 "start another run in another directory (whose epsilon adds to this one's)"
             )
         self.budget = budget  # to the last digit
-        self._load(lines, self.path)
+        self._load(lines, path)
 
-    def _load(self, lines, path):
+    def _load(self, lines: list[dict[str, Any]], path: pathlib.Path) -> None:
+        """Takes over the steps in the lines of a journal, after checking the hash of each line."""
         for number, line in enumerate(lines, start=1):
             line = dict(line)
             chain, self._chain = line.pop("chain", None), _chained(self._chain, line)
@@ -341,20 +367,21 @@ class Ledger:
             except (KeyError, TypeError, ValueError) as error:
                 raise _damaged(path, number) from error
 
-    def _add(self, step, released, mechanism, stream):
+    def _add(self, step: int, released: str, mechanism: Mechanism, stream: str) -> None:
+        """Counts a charged step in memory."""
         if not self._runs or self._runs[-1][0] != mechanism:
-            self._runs.append([mechanism, 0])
+            self._runs.append((mechanism, 0))
         self._seen.add((step, released, mechanism))
         self._at.add(step)
         self._streams.add((step, stream))
         self._counts[mechanism] = self._counts.get(mechanism, 0) + 1
-        self._runs[-1][1] += 1
+        self._runs[-1] = (mechanism, self._runs[-1][1] + 1)
 
-    def _append(self, line: dict):
-        """One more line of the file, after those that it must begin with."""
+    def _append(self, line: dict[str, Any]) -> None:
+        """Writes one more line, after the lines with which the file must begin."""
         if self.path is None:
             return
-        first = []
+        first: list[dict[str, Any]] = []
         if not self._chain:
             budget = {"epsilon": str(self.budget.epsilon), "delta": self.budget.delta}
             first.append(
@@ -370,21 +397,23 @@ class Ledger:
             data += json.dumps({**each, "chain": self._chain}).encode() + b"\n"
         self._write(data)
 
-    def _write(self, data: bytes):
+    def _write(self, data: bytes) -> None:
+        """Appends `data` to the file, which the first call creates, and syncs it to disk."""
+        assert self.path is not None, "a ledger in memory has no file"
         if self._file is None:
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
             sync_folder(self.path.parent)
-        self._check_untouched()
+        self._check_untouched(self.path, self._file)
         if os.write(self._file, data) != len(data):
             raise OSError(errno.ENOSPC, "the line was written in part", str(self.path))
         os.fsync(self._file)
         self._size += len(data)
 
-    def _check_untouched(self):
-        """The file of that name is the one that is open, and as long as this writer left it."""
-        mine = os.fstat(self._file)
+    def _check_untouched(self, path: pathlib.Path, file: int) -> None:
+        """Checks that `path` is still the open file, and as long as this writer left it."""
+        mine = os.fstat(file)
         try:
-            there = os.stat(self.path)
+            there: os.stat_result | None = os.stat(path)
         except FileNotFoundError:
             there = None
         if there is None or (there.st_dev, there.st_ino, there.st_size) != (
@@ -393,38 +422,40 @@ class Ledger:
             self._size,
         ):
             raise LedgerError(
-                f"{self.path} must be changed by nobody while it is open, but was replaced, deleted or written to; "
+                f"{path} must not be changed from outside while it is open, but was replaced, deleted or written to; "
                 "restore the one with the most lines and start again"
             )
 
 
 def _chained(chain: str, line: Mapping[str, Any]) -> str:
-    """The hash that a line carries: of all lines before it, and of what it says itself."""
+    """The hash that a line carries, of all lines before it and of its own content."""
     return hashlib.sha256(json.dumps([chain, line], sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _parse(data: bytes, path) -> tuple[list[dict], bytes]:
+def _parse(data: bytes, path: pathlib.Path) -> tuple[list[dict[str, Any]], bytes]:
     """The lines of a journal, and its bytes with the last line repaired.
 
-    What a torn write leaves has no newline, and is not a JSON object unless only that is missing,
-    as the brace closes last.
+    A torn write leaves a line without a newline. Such a line is a JSON object only if nothing but the newline is
+    missing, because the closing brace comes last.
     """
     tail = data[data.rfind(b"\n") + 1 :]
     sound = data + b"\n" if tail and _object(tail) else data[: len(data) - len(tail)]
     lines = [_object(text) for text in sound.split(b"\n")[:-1]]
     if None in lines:
         raise _damaged(path, lines.index(None) + 1)
-    return lines, sound
+    return [line for line in lines if line is not None], sound
 
 
-def _object(text: bytes) -> dict | None:
+def _object(text: bytes) -> dict[str, Any] | None:
+    """The JSON object in `text`, None if there is none."""
     with contextlib.suppress(ValueError, RecursionError):
         value = json.loads(text)
         return value if isinstance(value, dict) else None
+    return None
 
 
-def _header(line: dict, path) -> tuple[PrivacyBudget, str, str]:
-    """(budget, accountant, settings of the first charge)."""
+def _header(line: dict[str, Any], path: pathlib.Path) -> tuple[PrivacyBudget, str, str]:
+    """(budget, accountant, settings of the first charge), from the first line of a journal."""
     version = line.get("ledger")
     if version == 1:
         raise LedgerError(
@@ -443,7 +474,8 @@ def _header(line: dict, path) -> tuple[PrivacyBudget, str, str]:
     return budget, accountant, settings
 
 
-def _damaged(path, number: int) -> LedgerError:
+def _damaged(path: pathlib.Path, number: int) -> LedgerError:
+    """The error for a line that no ledger wrote."""
     return LedgerError(
         f"{path}: line {number} must be one that a Ledger wrote, but is damaged or edited; what was spent is "
         "not known. Restore a backup that is not older; never delete the line"

@@ -1,19 +1,19 @@
-"""Random bits from a seed: a keyed cryptographic function, the same on every machine and in every version.
+"""Random bits from a seed, by a keyed cryptographic function: the same on every machine and in every version.
 
-Sampling and noise are drawn from here. SHAKE-256 (FIPS 202, Python's hashlib) of the seed and a label is a
-stream that nobody who lacks the seed can tell from true random bits without breaking the function; and no
-setting of JAX or version of NumPy has a say in it.
+Sampling and noise are drawn from here. A stream is SHAKE-256 (FIPS 202, Python's hashlib) of the seed and a label.
+Without the seed it cannot be told from true random bits, unless the function is broken. It depends on no setting of
+JAX and no version of NumPy.
 """
 
 import hashlib
 import json
 import secrets
 
-SEED_BITS = 256  # of a secret seed
+SEED_BITS = 256  # length of a secret seed
 
 
 def random_bytes(n: int, seed: int, *label: int | str) -> bytes:
-    """The first n bytes of the stream of this seed and label; streams of other labels are independent.
+    """The first n bytes of the stream of this seed and label. Streams of different labels are independent.
 
     >>> random_bytes(4, 7, "noise", 0).hex()
     '7cdad284'
@@ -22,15 +22,22 @@ def random_bytes(n: int, seed: int, *label: int | str) -> bytes:
 
 
 def secret_seed() -> int:
-    """A seed of `SEED_BITS` bits from the operating system."""
+    """A new seed of `SEED_BITS` random bits from the operating system.
+
+    >>> secret_seed() < 2**SEED_BITS
+    True
+    """
     return secrets.randbits(SEED_BITS)
 
 
 def derived_seed(seed: int, purpose: str) -> int:
-    """A seed of `SEED_BITS` bits for one purpose: afresh wherever the purpose differs.
+    """A seed of `SEED_BITS` bits for one purpose; another purpose gives an independent seed.
 
-    Two releases that share the noise but not the settings differ by a bare function of the data; deriving
-    the seed from both makes them independent, as composition needs. It is as secret as `seed` is, and one
-    derived seed tells nothing about another one or about `seed`.
+    If two releases share their noise but not their settings, their difference is a function of the data without
+    noise. Deriving the seed from the settings makes the releases independent, as composition requires. A derived seed
+    is as secret as `seed`, and reveals nothing about other derived seeds or about `seed`.
+
+    >>> derived_seed(7, "noise") == derived_seed(7, "noise") != derived_seed(7, "views")
+    True
     """
     return int.from_bytes(random_bytes(SEED_BITS // 8, seed, "seed", purpose))

@@ -1,4 +1,4 @@
-"""The privacy statement: what a run promises, to whom, what it does not, and what of it may be published."""
+"""The privacy statement: what a run promises, to whom, what it does not, and which files may be published."""
 
 import contextlib
 import math
@@ -19,17 +19,24 @@ def privacy_statement(
     training_examples: int | None = None,
     exact_noise: bool = False,
 ) -> str:
-    """What was promised, to whom, and what was not, in prose. Never an epsilon without its terms.
+    """States in prose what was promised, to whom, and what was not. It never gives an epsilon without its terms.
 
     Args:
-      events: `Ledger.events()`, or the same from a result record.
-      delta: the delta at which epsilon is read.
+      events: `Ledger.events()`, or the same list from a result record.
+      delta: the delta at which epsilon is computed.
       seed_published: whether the seed of the run is, or will be, public.
-      data_note: a caveat about the training data, "" if none.
-      pretrained: what the parameters were pre-trained on, "" if from scratch.
-      training_examples: N; with it, the statement says whether delta is at least 1/N.
-      exact_noise: whether the sums are exact and noise and Poisson sampling come from a cryptographic
-        generator, as in `dpnb.training`; otherwise floating-point arithmetic is named as a gap.
+      data_note: a caveat about the training data, or "".
+      pretrained: the data on which the parameters were pre-trained, "" if trained from scratch.
+      training_examples: N. If it is given and delta is at least 1/N, the statement has a warning.
+      exact_noise: whether sums are exact and both noise and Poisson sampling come from a cryptographic generator, as in
+        `dpnb.training`. Otherwise the statement names floating-point arithmetic as a gap.
+    Raises:
+      ValueError: an event is not one, see `dpnb.privacy.counts_from_json`.
+
+    >>> entry = {"noise_multiplier": 3.0, "sampling_probability": 0.01, "sampler": "poisson", "steps": 100}
+    >>> text = privacy_statement([entry], delta=1e-5, seed_published=False)
+    >>> print(text.partition(":")[0])
+    This run is differentially private, valid for the sampler that ran
     """
     counts = counts_from_json(events)
     if not counts:
@@ -63,7 +70,7 @@ COUNTED = (
 
 
 def _claim(counts: Mapping[Mechanism, int], delta: float) -> str:
-    """Is it private, at which epsilon, and under which terms?"""
+    """Whether the run is private, at which epsilon and under which terms."""
     runs = "; then ".join(
         f"{n} updates of noise multiplier sigma = {m.noise_multiplier:g}, sampling probability "
         f"q = {m.sampling_probability:g}, {m.sampler} sampling" for m, n in counts.items()
@@ -92,6 +99,7 @@ def _claim(counts: Mapping[Mechanism, int], delta: float) -> str:
 
 
 def _large_delta(delta: float, n: int) -> str:
+    """The warning that this delta is too large for n examples."""
     return (
         f"WARNING: delta = {delta:g} is not below 1/N = {1 / n:.3g} (N = {n} training examples). Publishing "
         "one training example, drawn at random, in full would satisfy such a delta, whatever epsilon is: "
@@ -100,6 +108,7 @@ def _large_delta(delta: float, n: int) -> str:
 
 
 def _seed(published: bool) -> str:
+    """What follows from the seed being published or secret."""
     what = "must stay secret: who knows it can subtract the noise"
     if published:
         what = "is published: the noise can be computed and subtracted"
@@ -107,7 +116,7 @@ def _seed(published: bool) -> str:
 
 
 def _randomness(counts: Mapping[Mechanism, int]) -> str:
-    """Which generators there are, and what each has to do with the guarantee."""
+    """The random generators, and what the guarantee has to do with each."""
     shuffled = " NumPy's Philox generator, which drew the permutations of the shuffled batches, is not cryptographic either."
     return (
         "Randomness: the noise and the Poisson samples come from SHAKE (FIPS 202), a cryptographic "
@@ -122,7 +131,7 @@ def _randomness(counts: Mapping[Mechanism, int]) -> str:
 
 
 def _gaps(pretrained: str, exact_noise: bool) -> list[str]:
-    """What is not protected, a clause each."""
+    """Clauses about what is not protected."""
     return [
         "training loss, training accuracy, gradient norms, batch sizes and numbers of clipped, non-finite or unreadable "
         "examples shown or logged during training, which are exact functions of the data",
@@ -151,7 +160,7 @@ def _gaps(pretrained: str, exact_noise: bool) -> list[str]:
 
 
 def _publishable(counts: Mapping[Mechanism, int], seed_published: bool) -> str:
-    """Which files may be published, and what that rests on."""
+    """Which files may be published, and on what condition."""
     if seed_published:
         return (
             "Files: publishing the seed presupposes that the data are public. Then every file of this run "
@@ -179,5 +188,5 @@ def _publishable(counts: Mapping[Mechanism, int], seed_published: bool) -> str:
 
 
 def _round_up(value: float) -> str:
-    """Three decimals, never less than the value: a stated epsilon is an upper bound."""
+    """The value with three decimals, rounded up, because a stated epsilon is an upper bound."""
     return f"{math.ceil(value * 1000) / 1000:.3f}" if math.isfinite(value) else "infinity"
