@@ -30,11 +30,10 @@ from clipped_gradient import compiled, network, off, textbook
 from dpnb import experiments
 from dpnb.data import Dataset, Split, augment
 from dpnb.data import load as load_data
-from dpnb.gradients.clipping import clipped_grad
-from dpnb.gradients.convolution import FORMULATIONS, formulation
-from dpnb.training import cost
+from dpnb.gradients import FORMULATIONS, clipped_grad, formulation
+from dpnb.training import cost, make_trainer, one_update
 from dpnb.training.seeds import step_key
-from dpnb.training.update import draw_noise, make_trainer, one_update
+from dpnb.training.update import draw_noise
 
 # name: (compute dtype, precision of matrix products)
 PRECISIONS = {

@@ -30,8 +30,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from dpnb.gradients.clipping import clipped_grad
-from dpnb.gradients.convolution import formulation
+from dpnb.gradients import clipped_grad, formulation
 from dpnb.models import WideResNet, functional
 from dpnb.models.layers import Conv
 

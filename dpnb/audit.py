@@ -29,9 +29,8 @@ import jax
 import numpy as np
 from scipy import optimize, stats
 
-from dpnb.privacy.sampling import PoissonSampler, ShuffleSampler, physical_batches
-from dpnb.training import seeds, update
-from dpnb.training.update import Trainer
+from dpnb.privacy import PoissonSampler, ShuffleSampler, physical_batches
+from dpnb.training import Trainer, seeds, update
 
 CHUNK = 500  # runs that are computed side by side
 

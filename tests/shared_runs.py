@@ -1,8 +1,12 @@
-"""Two runs that many tests look at, each made once: a tiny one here, a short one through the notebook."""
+"""Two runs that many tests look at, each made once: a tiny one here, a short one through the notebook.
+
+Also the root of the checkout, and subprocesses that import it.
+"""
 
 import functools
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 import tempfile
@@ -32,6 +36,18 @@ def environment() -> dict[str, str]:
         "PYTHONWARNINGS": "ignore",
     }
     return {**os.environ, **changed}
+
+
+def with_helpers(**changes: str) -> dict[str, str]:
+    """The environment for subprocesses that import `tiny` or this file."""
+    return {**os.environ, **changes, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)])}
+
+
+def free_port() -> int:
+    """A port of this machine that is free now."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def python(*arguments, timeout: float = 900) -> subprocess.CompletedProcess:
@@ -88,16 +104,9 @@ def bands():
 
 def linear(*_):
     """The smallest model of `bands` (in place of a Wide-ResNet, whose compilation takes a minute)."""
-    from flax import nnx
+    import tiny as helpers
 
-    class Linear(nnx.Module):
-        def __init__(self):
-            self.layer = nnx.Linear(192, 3, rngs=nnx.Rngs(0))
-
-        def __call__(self, images):
-            return self.layer(images.reshape(len(images), -1))
-
-    return Linear()
+    return helpers.Linear(classes=3)
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from scipy import stats
 
 from dpnb import audit, privacy
 from dpnb.data import Dataset, Split
-from dpnb.gradients.clipping import ClippedGrad
+from dpnb.gradients import ClippedGrad
 from dpnb.privacy.noise import GridNoise, grid_bits
 from dpnb.training import update
 
@@ -342,6 +342,7 @@ def gaussian(rng, runs, mu):
     return rng.normal(size=runs), rng.normal(size=runs) + mu
 
 
+@pytest.mark.slow
 def test_two_worlds_bound_has_its_confidence_and_comes_near():
     """The Gaussian mechanism at sigma 1, whose epsilon is known."""
     rng, epsilon = np.random.default_rng(0), privacy.epsilon(privacy.Mechanism(1.0, 1.0), 1, 1e-2)

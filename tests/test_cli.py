@@ -107,6 +107,7 @@ def test_table(capsys, here):
     assert len(capsys.readouterr().out.splitlines()) == 1 + 6
 
 
+@pytest.mark.notebook
 def test_a_failing_notebook_is_reported(here):
     """A missing data file fails in the notebook's own words; exit status 1, and the notebook to look at."""
     missing = here / "missing.npz"

@@ -1,15 +1,13 @@
 """Two processes on loopback make the update, and the whole run, that one device makes."""
 
 import json
-import os
-import pathlib
-import socket
 import subprocess
 import sys
 
 import jax
 import numpy as np
 import pytest
+import shared_runs
 import tiny
 from flax import nnx
 
@@ -17,9 +15,11 @@ from dpnb import results, training
 from dpnb.data import load
 from dpnb.data.stand_ins import write_folders
 from dpnb.models import NFResNet
+from dpnb.training import make_trainer, one_update
 from dpnb.training.cost import memory_of
-from dpnb.training.update import draw_noise, make_trainer, one_update
+from dpnb.training.update import draw_noise
 
+pytestmark = pytest.mark.distributed
 WORKER = """
 import json, sys
 import jax
@@ -70,12 +70,6 @@ open(f"{directory}/said-{rank}.json", "w").write(said)  # more than fits in a pi
 """
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def photographs(root):
     """Noise as JPEG files, from a folder of folders."""
     write_folders(tiny.data(), root / "noise", side=12)
@@ -97,12 +91,10 @@ def two_processes(two_processes_once):
 
 @pytest.fixture(scope="module")
 def two_processes_once(directory):
-    here = pathlib.Path(__file__).parent
-    environment = {
-        **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]),
-    }  # fmt: skip
-    port = str(free_port())
+    environment = shared_runs.with_helpers(
+        JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_force_host_platform_device_count=2"
+    )
+    port = str(shared_runs.free_port())
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", WORKER, port, str(rank), str(directory)], env=environment, text=True,

@@ -1,6 +1,5 @@
 """What an installation needs, what it does not, and that no file names a machine it was written on."""
 
-import pathlib
 import re
 import subprocess
 import sys
@@ -8,8 +7,8 @@ import tomllib
 
 import pytest
 import yaml
+from shared_runs import ROOT
 
-ROOT = pathlib.Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 

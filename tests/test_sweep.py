@@ -27,7 +27,7 @@ def plan(pattern="cifar10/lr-clip/lr1-*", seeds=2, **changes):
 
 
 @pytest.fixture(scope="module")
-def done():
+def swept():
     """Three cells, two seeds, run once; `said` is what it printed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(update, "make_model", shared_runs.linear)
@@ -56,8 +56,8 @@ def test_cells_that_are_one_experiment_run_once():
     )
 
 
-def test_records_and_prediction(done):
-    root, made, said = done
+def test_records_and_prediction(swept):
+    root, made, said = swept
     assert not made.failures and len(made.records) == 6
     assert "6 cells, 0 of them finished" in said[0] and "of updates on" in said[1]
     budgets = [line for line in said if "sigma" in line]
@@ -94,9 +94,9 @@ def test_a_summary_marks_cells_that_are_one_experiment():
     }
 
 
-def test_finished_cells_are_skipped(done, monkeypatch):
+def test_finished_cells_are_skipped(swept, monkeypatch):
     """Also those that another study ran under another name; no other seed, data or setting counts."""
-    root, made, _ = done
+    root, made, _ = swept
     monkeypatch.setattr(training, "train", lambda *_: pytest.fail("trained again"))
     said = []
     again = sweep.run(plan(), shared_runs.bands(), root, said.append)
@@ -110,6 +110,7 @@ def test_finished_cells_are_skipped(done, monkeypatch):
     assert sweep.finished(e, shared_runs.bands(), records) is None
 
 
+@pytest.mark.slow
 def test_a_failure_is_listed_and_not_fatal(tmp_path, monkeypatch):
     train = training.train
 
@@ -137,8 +138,8 @@ def test_an_interrupt_is_not_a_failure(tmp_path, monkeypatch):
         sweep.run(plan(seeds=1), shared_runs.bands(), tmp_path, lambda _: None)
 
 
-def test_summary(done):
-    _, made, _ = done
+def test_summary(swept):
+    _, made, _ = swept
     cells = plan(seeds=1)
     frame = results.summary(cells, made.records, ("clip_norm",))
     assert list(frame["cell"]) == ["lr1-c0.1", "lr1-c1", "lr1-c10"] and set(frame["n"]) == {2}

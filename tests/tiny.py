@@ -1,5 +1,8 @@
 """Models, data and experiments so small that a test of the training loop takes seconds."""
 
+import functools
+
+import jax
 import numpy as np
 from flax import nnx
 
@@ -7,13 +10,15 @@ from dpnb.data import Dataset, Split
 from dpnb.experiments import Experiment
 
 CLASSES = 4
+# Most of the time of many tests is compilation; this halves it.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 class Linear(nnx.Module):
     """192 pixels -> 4 logits; two leaves, kernel [192, 4] and bias [4]."""
 
-    def __init__(self, seed: int = 0):
-        self.layer = nnx.Linear(192, CLASSES, rngs=nnx.Rngs(seed))
+    def __init__(self, seed: int = 0, classes: int = CLASSES):
+        self.layer = nnx.Linear(192, classes, rngs=nnx.Rngs(seed))
 
     def __call__(self, images):
         return self.layer(images.reshape(len(images), -1))

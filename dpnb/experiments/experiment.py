@@ -8,7 +8,8 @@ import re
 import textwrap
 from typing import Any
 
-from dpnb.models.registry import NETWORKS, find_network
+from dpnb.models import NETWORKS
+from dpnb.models.registry import find_network
 from dpnb.privacy import ACCOUNTANTS, DEFAULT_ACCOUNTANT, SAMPLERS, SMALLEST_CLIP_NORM, Mechanism
 
 FORMS = ("auto", "materialised", "two-pass")  # of the clipped gradient, see `dpnb.gradients.clipping`

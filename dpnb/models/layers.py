@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dpnb.gradients.batching import per_example
-from dpnb.gradients.convolution import conv_general_dilated
+from dpnb.gradients import conv_general_dilated, per_example
 
 Dtype = jax.typing.DTypeLike
 

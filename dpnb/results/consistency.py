@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from dpnb import experiments, privacy
 from dpnb.experiments import Experiment, imagenet
-from dpnb.privacy.ledger import Ledger, LedgerError
+from dpnb.privacy import Ledger, LedgerError
 
 Record = dict[str, Any]
 Check = tuple[bool | None, str]  # whether it agrees (None: it could not be checked), and what was compared

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpnb import privacy
 from dpnb.data import Dataset
-from dpnb.privacy.statement import privacy_statement
+from dpnb.privacy import privacy_statement
 from dpnb.results.provenance import git_revision, peak_memory_mib, versions
 
 if TYPE_CHECKING:  # reading records needs no JAX

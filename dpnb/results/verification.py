@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from dpnb import data
+from dpnb.data import Recipe
 from dpnb.data.augment import plain
 from dpnb.data.dataset import padded_batches
-from dpnb.data.recipe import Recipe
 from dpnb.experiments import Experiment
 from dpnb.models import functional, weights
 from dpnb.models.registry import make_model

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from dpnb.data import Dataset
-from dpnb.experiments.experiment import Experiment
-from dpnb.gradients.clipping import choose_form
+from dpnb.experiments import Experiment
+from dpnb.gradients import choose_form
 from dpnb.training.devices import device_memory, memory_limit, per_device_batch_size
 from dpnb.training.seeds import step_key
 from dpnb.training.update import Trainer, draw_noise, make_trainer

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from dpnb import privacy
-from dpnb.experiments.experiment import Experiment
+from dpnb.experiments import Experiment
 from dpnb.training.sharding import fetch_replicated
 from dpnb.training.state import BatchMetrics
 

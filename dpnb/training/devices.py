@@ -2,7 +2,7 @@
 
 import jax
 
-from dpnb.experiments.experiment import Experiment
+from dpnb.experiments import Experiment
 from dpnb.training.hosts import broadcast_from_process_0
 
 

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dpnb.data import Split
+from dpnb.data import Recipe, Split
 from dpnb.data.augment import plain
 from dpnb.data.dataset import padded_batches
-from dpnb.data.recipe import SMALL_IMAGES, Recipe
+from dpnb.data.recipe import SMALL_IMAGES
 from dpnb.training.sharding import fetch_replicated
 
 

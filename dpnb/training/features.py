@@ -16,9 +16,8 @@ from flax import nnx
 from dpnb.data import Dataset
 from dpnb.data.augment import normalise
 from dpnb.data.dataset import in_batches, padded_batches
-from dpnb.experiments.experiment import Experiment
-from dpnb.models import registry, weights
-from dpnb.models.checks import check_independent
+from dpnb.experiments import Experiment
+from dpnb.models import check_independent, registry, weights
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)

@@ -8,8 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dpnb.data import Dataset
-from dpnb.data.photographs import Photographs
+from dpnb.data import Dataset, Photographs
 from dpnb.data.sources import name_unreadable
 from dpnb.privacy import sampling
 from dpnb.training.sharding import batch_sharding, put, replicated

@@ -2,7 +2,7 @@
 
 import optax
 
-from dpnb.experiments.experiment import Experiment
+from dpnb.experiments import Experiment
 
 
 def make_optimizer(experiment: Experiment) -> optax.GradientTransformation:

@@ -5,9 +5,8 @@ import math
 import numpy as np
 from flax import nnx
 
-from dpnb.data import Dataset
-from dpnb.data.photographs import Photographs
-from dpnb.experiments.experiment import Experiment
+from dpnb.data import Dataset, Photographs
+from dpnb.experiments import Experiment
 from dpnb.training import features
 
 

@@ -13,9 +13,7 @@ import hashlib
 import jax
 import numpy as np
 
-from dpnb.privacy import Mechanism
-from dpnb.privacy.ledger import BudgetExceeded, Ledger, SharedNoise
-from dpnb.privacy.randomness import derived_seed
+from dpnb.privacy import BudgetExceeded, Ledger, Mechanism, SharedNoise, derived_seed
 from dpnb.training.hosts import call_on_process_0
 from dpnb.training.seeds import stream_name
 from dpnb.training.sharding import fetch_replicated

@@ -10,9 +10,8 @@ import jaxlib
 import numpy as np
 import optax
 
-from dpnb.data import Dataset
-from dpnb.data.photographs import Photographs
-from dpnb.experiments.experiment import Experiment
+from dpnb.data import Dataset, Photographs
+from dpnb.experiments import Experiment
 from dpnb.training.devices import memory_limit, per_device_batch_size
 from dpnb.training.identity import code
 

@@ -16,11 +16,10 @@ import optax
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from dpnb.data import Dataset, augment
-from dpnb.data.recipe import Recipe
-from dpnb.experiments.experiment import Experiment
-from dpnb.gradients.clipping import ClippedGrad, choose_form, clipped_grad
-from dpnb.models.pure import functional
+from dpnb.data import Dataset, Recipe, augment
+from dpnb.experiments import Experiment
+from dpnb.gradients import ClippedGrad, choose_form, clipped_grad
+from dpnb.models import functional
 from dpnb.models.registry import make_model
 from dpnb.privacy import sampling
 from dpnb.privacy.noise import GridNoise, grid_bits

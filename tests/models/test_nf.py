@@ -1,0 +1,142 @@
+"""Normaliser-free networks: parameters as published, variances as theory has them, and the clipped core."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tiny import jit
+
+from dpnb.gradients import clipped_grad
+from dpnb.models import NFNet, NFResNet, check_independent, functional
+from dpnb.models.nf_resnet import expected_stds, scaled_relu
+from dpnb.models.nfnet import scaled_gelu
+
+PARAMETERS = [
+    (NFResNet, 50, 25_557_048), (NFResNet, 101, 44_549_193), (NFResNet, 152, 60_192_858),
+    (NFResNet, 200, 64_673_898), (NFNet, "F0", 71_489_284), (NFNet, "F1", 132_634_256), (NFNet, "F3", 254_924_200),
+]  # fmt: skip
+SMALL = [
+    functools.partial(NFResNet, (1, 2, 1, 1), 5, width=0.0625),
+    functools.partial(NFNet, (1, 2, 1, 1), 5, width=0.0625, skip_gain=1.0),
+]
+small = pytest.mark.parametrize("make", SMALL, ids=["nf-resnet", "nfnet"])
+
+
+@pytest.mark.parametrize(("network", "size", "expected"), PARAMETERS)
+def test_numbers_of_parameters(network, size, expected):
+    params = nnx.state(nnx.eval_shape(lambda: network(size, rngs=nnx.Rngs(0))), nnx.Param)
+    assert sum(math.prod(x.shape) for x in jax.tree.leaves(params)) == expected
+
+
+def test_sizes_that_do_not_exist():
+    with pytest.raises(ValueError, match="14, 26, 50, 101, 152, 200"):
+        NFResNet(18, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="F0, F1, F3"):
+        NFNet("F2", rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="deepmind or timm"):
+        NFResNet(50, published_by="me", rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("activation", [scaled_relu, scaled_gelu])
+def test_activations_keep_the_variance_of_a_gaussian(activation):
+    y = activation(jax.random.normal(jax.random.key(0), (400_000,)))
+    np.testing.assert_allclose(y.var(), 1, rtol=0.01)  # the estimate's standard deviation is below 0.003
+
+
+@pytest.mark.slow
+def test_variance_grows_by_theory_and_starts_again_at_every_stage():
+    """The variance behind each block of an NF-ResNet-50, against 1 + alpha^2 (blocks since the stage began).
+
+    Gaussian images, random weights; the mean over channels and positions fluctuates by some per cent.
+    """
+    model = NFResNet(50, 10, width=0.5, rngs=nnx.Rngs(0))
+    x = nnx.max_pool(model.stem(jax.random.normal(jax.random.key(1), (8, 64, 64, 3))), (3, 3), (2, 2), "SAME")
+    x = (x - x.mean()) / x.std()  # the max-pool's output is no unit Gaussian; theory begins with one
+    theory = [std**2 for std in expected_stds((3, 4, 6, 3))]
+    assert theory[0] == 1 and theory[3] == pytest.approx(1.12) and theory[4] == pytest.approx(1.04)
+    measured = []
+    for block in model.blocks:
+        measured.append(float(jnp.mean(jnp.var(x, (0, 1, 2)))))
+        x = nnx.jit(block)(x)
+    np.testing.assert_allclose(measured[1:], theory[1:], rtol=0.25)
+    # Without beta the variances would multiply from stage to stage: the last would be 1.12 * 1.16 * 1.24.
+    assert measured[-1] < 1.4
+
+
+@pytest.mark.slow
+@small
+def test_the_clipped_core_equals_a_loop_over_examples(make, float64):
+    model = make(rngs=nnx.Rngs(0))
+    params, apply = functional(model)
+    params = jax.tree.map(lambda p: p.astype(jnp.float64), params)
+    images = jax.random.normal(jax.random.key(1), (3, 2, 16, 16, 3), jnp.float64)
+
+    def loss(params, x):
+        return jnp.square(apply(params, x) - 0.3).mean(-1)
+
+    one = jit(jax.grad(lambda p, x: loss(p, x).mean()))
+    single = [one(params, x) for x in images]
+    norms = [math.sqrt(sum(float(jnp.square(g).sum()) for g in jax.tree.leaves(grad))) for grad in single]
+    clip = float(np.median(norms))
+    want = jax.tree.map(
+        lambda *gs: sum(g * min(1, clip / n) for g, n in zip(gs, norms, strict=True)), *single
+    )
+    got, info = jit(clipped_grad(loss, clip))(params, images)
+    np.testing.assert_allclose(info.norms, norms, rtol=1e-9)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-9 * clip)
+
+
+@pytest.mark.slow
+@small
+def test_no_example_moves_another(make):
+    check_independent(make(rngs=nnx.Rngs(0)), jax.random.normal(jax.random.key(0), (3, 16, 16, 3)))
+
+
+@pytest.mark.slow
+@small
+def test_recomputation_changes_memory_and_not_the_gradient(make):
+    images = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
+    gradients = []
+    for remat in (False, True):
+        params, apply = functional(make(remat=remat, rngs=nnx.Rngs(0)))
+        gradients.append(jax.jit(jax.grad(lambda p: jnp.square(apply(p, images)).sum()))(params))
+    for a, b in zip(*map(jax.tree.leaves, gradients), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5 * float(jnp.abs(a).max() + 1e-9))
+
+
+@small
+def test_half_precision_computes_and_keeps_the_parameters(make):
+    params, apply = functional(make(rngs=nnx.Rngs(0)))
+    half_params, half = functional(make(dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    assert {x.dtype for x in jax.tree.leaves(half_params)} == {jnp.dtype("float32")}
+    images = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
+    got, want = jax.jit(half)(params, images), jax.jit(apply)(params, images)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, want, atol=0.1 * float(jnp.abs(want).max()))
+
+
+def test_skip_gain_zero_begins_as_the_shortcuts():
+    model = SMALL[0](skip_gain=0.0, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8, model.blocks[2].conv0.kernel[...].shape[2]))
+    assert model.blocks[2].shortcut is None
+    np.testing.assert_array_equal(model.blocks[2](x), x)
+
+
+@pytest.mark.slow
+def test_stochastic_depth_drops_later_blocks_more_often_and_only_in_training():
+    model = SMALL[0](stochastic_depth=0.5, rngs=nnx.Rngs(0, dropout=1))
+    images = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
+    model.eval()
+    np.testing.assert_array_equal(model(images), model(images))
+    model.train()
+    assert not np.array_equal(model(images), model(images))
+    kept = [np.asarray(keep) if (keep := model.drop(i, 20_000)) is not None else None for i in range(5)]
+    assert kept[0] is None  # rate 0.5 * 0 / 5
+    # Binomial means over 20,000: four standard deviations are 0.014.
+    for i in range(1, 5):
+        assert abs(kept[i].mean() - (1 - 0.5 * i / 5)) < 0.015
