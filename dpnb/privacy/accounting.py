@@ -75,9 +75,9 @@ def find_accountant(name: str) -> Accountant:
     Raises:
       ValueError: no accountant has that name.
 
-    >>> find_accountant("moments")
+    >>> find_accountant("moments")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    ValueError: accountant must be one of ('pld', 'rdp'), got 'moments'
+    ValueError: accountant must be one of ('pld', 'rdp'...), got 'moments'
     """
     if name not in ACCOUNTANTS:
         raise ValueError(f"accountant must be one of {tuple(ACCOUNTANTS)}, got {name!r}")

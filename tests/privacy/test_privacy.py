@@ -532,7 +532,7 @@ class TestAccountantsAreATable:
     def test_an_unknown_one_is_refused(self, unknown, tmp_path):
         m, budget = Mechanism(4.0, Q), PrivacyBudget(1.0, DELTA)
         nothing, no_budget = {}, PrivacyBudget(math.inf, DELTA)
-        refused = pytest.raises(ValueError, match=r"accountant must be one of \('pld', 'rdp'\), got ")
+        refused = pytest.raises(ValueError, match=r"accountant must be one of \('pld', 'rdp'.*\), got ")
         for steps in (0, 3):
             with refused:
                 epsilon(m, steps, DELTA, unknown)
