@@ -29,7 +29,7 @@ def atomic_file(path: pathlib.Path, mode: int = 0o666) -> Iterator[BinaryIO]:
     Args:
       path, mode: as in `write_atomic`.
     """
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # one for each process that writes
     partial.unlink(missing_ok=True)
     partial.touch(mode=mode)
     try:

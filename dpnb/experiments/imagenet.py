@@ -116,7 +116,8 @@ def device_hours(experiment: Experiment) -> float:
     Forward and backward are three forward passes, a multiply-add is two FLOP; features take one forward pass
     of every image, and their last layer nothing to speak of.
     """
-    forward = FORWARD[experiment.network, experiment.depth, experiment.image_size]
+    network, size = experiment.network, experiment.image_size
+    forward = FORWARD.get((network, experiment.depth, size)) or FORWARD[network, 0, size]
     views = experiment.steps * experiment.expected_batch_size * max(experiment.augmult, 1)
     passes = EXAMPLES[experiment.dataset] if experiment.on_features else 3 * views
     return 2 * forward * passes / EFFECTIVE / 3600

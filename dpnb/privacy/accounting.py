@@ -180,6 +180,8 @@ def pld(runs: Runs, delta: float, coarse: bool = False) -> float:
     return float(account.get_epsilon(delta - rounding)) * (1 + 1e-8)
 
 
+# Recorded by every run: an accountant that is added later is absent from older records.
+ALWAYS_RECORDED = ("pld", "rdp")
 # An accountant is added here, and nowhere else.
 ACCOUNTANTS: dict[str, Accountant] = {"pld": pld, "rdp": rdp}
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from dpnb import experiments, privacy
 from dpnb.experiments import Experiment, imagenet
 from dpnb.privacy import Ledger, LedgerError
+from dpnb.privacy.accounting import ALWAYS_RECORDED
 
 Record = dict[str, Any]
 Check = tuple[bool | None, str]  # whether it agrees (None: it could not be checked), and what was compared
@@ -209,7 +210,8 @@ def accounted(record: Record, coarse: bool = False) -> list[Check]:
 
     for accountant in privacy.ACCOUNTANTS:
         what = f"epsilon ({accountant.upper()})"
-        if f"epsilon_{accountant}" not in p and accountant != p["calibrated_with"]:
+        required = (*ALWAYS_RECORDED, p["calibrated_with"])
+        if f"epsilon_{accountant}" not in p and accountant not in required:
             made.append((None, f"{what} is not in this record, so that nothing stands to be compared"))
             continue
         spent = compare(what, p[f"epsilon_{accountant}"], counts, accountant)

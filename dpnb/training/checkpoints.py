@@ -52,7 +52,7 @@ class Checkpoints:
                 warnings.warn(
                     f"the checkpoint {damaged} must be whole, but cannot be read ({type(error).__name__}: "
                     f"{str(error)[:200]}); going on from an older one",
-                    stacklevel=3,
+                    stacklevel=5,  # the caller of `dpnb.training.train`
                 )
                 continue
             if extra["fingerprint"] != self.fingerprint:

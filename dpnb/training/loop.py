@@ -120,10 +120,11 @@ def train(
                     progress.show(point)
             finally:  # an interrupted run loses nothing that it paid for
                 session.save()
-        return _finish(session, stopped)
+        events = call_on_process_0(session.ledger.events)
+    return _finish(session, stopped, events)
 
 
-def _finish(session: Session, stopped: str) -> Run:
+def _finish(session: Session, stopped: str, events: list[dict[str, Any]]) -> Run:
     """Returns the result of the run, evaluated on all images."""
     state = session.state
     went_on = int(state.step) > session.start
@@ -134,7 +135,7 @@ def _finish(session: Session, stopped: str) -> Run:
         history=session.history,
         raw=session.evaluate_split(state.params, session.data.test),
         ema=session.evaluate_split(state.ema, session.data.test),
-        events=call_on_process_0(session.ledger.events),
+        events=events,
         steps=int(state.step),
         seconds=session.seconds + (time.monotonic() - session.began if went_on else 0.0),
         devices=hardware(session.devices),

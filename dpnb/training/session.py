@@ -171,6 +171,7 @@ def prepare(
             is_finite=make_is_finite(trainer, data),
             budget_spent=epsilon_spent(mechanism, experiment),
         )
+        del state  # a generator keeps its locals alive, and the session's state changes with every update
         try:
             yield session
         finally:

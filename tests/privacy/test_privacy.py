@@ -571,8 +571,18 @@ class TestAccountantsAreATable:
         assert results.summary([Experiment("x")], [])["epsilon_double"].isna().all()
         checks = dict(reversed(check) for check in consistency.accounted(record))
         assert checks and all(checks.values()) and any("DOUBLE" in text for text in checks)
-        del record["privacy"]["epsilon_pld"]
-        assert None in [agrees for agrees, _ in consistency.accounted(record)]
+        del record["privacy"]["epsilon_pld"]  # which every record has
+        with pytest.raises(KeyError):
+            consistency.accounted(record)
+
+    def test_an_older_record_lacks_a_later_one(self, monkeypatch):
+        record = shared_runs.record_of("cifar10/wrn-16-4/eps8", "teach")
+        monkeypatch.setitem(privacy.ACCOUNTANTS, "double", lambda *run: 2 * accounting.rdp(*run))
+        agrees = {text: agrees for agrees, text in consistency.accounted(record)}
+        assert [text for text, agreed in agrees.items() if agreed is None] == [
+            "epsilon (DOUBLE) is not in this record, so that nothing stands to be compared"
+        ]
+        assert False not in agrees.values()
 
 
 class TestWithoutDpAccounting:
