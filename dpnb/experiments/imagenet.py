@@ -14,7 +14,7 @@ JFT = (
     "-classifier (no ImageNet photograph in the weights)"
 )
 DELTA = 8e-7
-# Multiply-adds of one forward view (XLA's count, see tests/test_imagenet.py), by network and pixels.
+# Multiply-adds of one forward view (XLA's count, see tests/experiments/test_imagenet.py), by network and pixels.
 FORWARD = {
     ("nf-resnet", 50, 224): 4.031e9, ("nf-resnet-timm", 50, 224): 4.031e9, ("nf-resnet", 200, 224): 14.67e9,
     ("nfnet-f3", 0, 320): 67.09e9,
