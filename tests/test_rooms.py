@@ -107,6 +107,16 @@ def test_few_files_lie_outside_the_rooms():
     assert len([*PACKAGE.glob("*.py")]) <= 10
 
 
+def test_the_loop_fits_on_a_screen():
+    (train,) = [
+        node
+        for node in ast.parse(FILES["dpnb.training.loop"].read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name == "train"
+    ]
+    words = train.body[0]
+    assert train.end_lineno - train.lineno - (words.end_lineno - words.lineno) <= 70
+
+
 @pytest.mark.parametrize("package", ["", *PACKAGES])
 def test_what_a_package_exports_is_there(package):
     module = importlib.import_module(f"dpnb.{package}".rstrip("."))

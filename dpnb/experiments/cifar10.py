@@ -103,7 +103,7 @@ TABLE = [*WRN, *SCATTER]
 
 def preset_overrides(experiment: Experiment, preset: str) -> dict:
     """The changes that a preset makes."""
-    if experiment.network == "scatter-linear":
+    if experiment.on_features:
         cpu = dict(physical_batch_size=8)  # a call that stays in the cache
         smoke = dict(steps=20, expected_batch_size=512, eval_every=10)
         return {"smoke": {**cpu, **smoke}, "teach": cpu}.get(preset, {})

@@ -166,7 +166,7 @@ def series(records: list[dict[str, Any]]) -> dict[str, list[tuple[float, float, 
                     (e.epsilon, row["ema"], None if row["n"] == 1 else row["ema_std"])
                     for (e, _), (_, row) in zip(ran, frame.iterrows(), strict=True)
                 ]
-        if name.startswith("wrn"):
+        if cells[0].paper_source.startswith("paper"):
             flag = _unverified([(e.epsilon, e.paper_source) for e in cells])
             paper[f"paper, {name.upper()}{flag}"] = [(e.epsilon, e.paper_mean, e.paper_std) for e in cells]
     others = {}
