@@ -22,6 +22,7 @@ lint: $(VENV)/.test
 # subprocesses not counted, from Python 3.12 on (before, counting would take more than half as long again).
 test: lint
 	$(BIN)/python -m pytest -q $(WORKERS) --durations=15 $$($(BIN)/python -c '$(COVERAGE)')
+	@$(BIN)/python -c 'import sys; sys.version_info >= (3, 12) or print("coverage: measured from Python 3.12 on")'
 
 # What takes long is left out: under three minutes on two cores once compiled programs are cached.
 test-fast: $(VENV)/.test
