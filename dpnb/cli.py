@@ -24,12 +24,6 @@ NOTEBOOKS_OF = {"pretrain": "pretrain_public.ipynb", "imagenet/scratch": "imagen
 FIGURES = {f"cifar10/{study}": notebook for study, notebook in studies.STUDIES.items()}
 FIGURES |= {f"{name}/finetune": "cifar_finetune.ipynb" for name in ("cifar10", "cifar100")}
 FIGURES |= {f"{name}/finetune": "imagenet_finetune.ipynb" for name in ("imagenet", "places365")}
-TABLES = {
-    "imagenet": "[ip][ml]a*/*/*",
-    "cifar10": "cifar10/[ws]*/eps*",
-    "finetune": "cifar*/finetune/*",
-    "digits": "digits/*",
-}
 # The rows of the table in the README, (experiment, preset).
 README_ROWS = (
     ("cifar10/wrn-16-4/eps8", "smoke"),
@@ -42,6 +36,14 @@ README_ROWS = (
     ("cifar10/finetune/scratch/eps1", "teach"),
     ("cifar10/finetune/textures-all/eps1", "teach"),
 )
+# What `dpnb table NAME` shows: all rows of a pattern, or an excerpt.
+TABLES: dict[str, str | tuple[tuple[str, str], ...]] = {
+    "imagenet": "[ip][ml]a*/*/*",
+    "cifar10": "cifar10/[ws]*/eps*",
+    "finetune": "cifar*/finetune/*",
+    "digits": "digits/*",
+    "readme": README_ROWS,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -257,18 +259,15 @@ def table(options) -> int:
     """Prints a table of records, or puts it between the markers of a document."""
     from dpnb import results
 
-    pattern = TABLES.get(options.name, options.name)
-    if options.name != "readme" and not experiments.names(pattern):
-        raise KeyError(f"no experiment matches {pattern!r}; see `dpnb list`")
+    asked = TABLES.get(options.name, options.name)
+    if isinstance(asked, str) and not experiments.names(asked):
+        raise KeyError(f"no experiment matches {asked!r}; see `dpnb list`")
     if not pathlib.Path(options.results).is_dir():
         print(f"dpnb: no directory {options.results}, so no run of ours is in the table", file=sys.stderr)
     with warnings.catch_warnings(record=True) as left_out:
         warnings.simplefilter("always")
         records = results.load(options.results)
-        if options.name == "readme":
-            frame = results.excerpt(README_ROWS, records)
-        else:
-            frame = results.table(pattern, records)
+        frame = (results.table if isinstance(asked, str) else results.excerpt)(asked, records)
     for why in dict.fromkeys(str(warning.message) for warning in left_out):
         print(f"dpnb: {why}", file=sys.stderr)
     if options.write:

@@ -208,9 +208,9 @@ def accounted(record: Record, coarse: bool = False) -> list[Check]:
         made.append((None if absent else _near(said, found), f"{what} {said}, from the ledger {found}"))
         return said if coarse and said is not None and _near(said, found) else found
 
+    required = (*ALWAYS_RECORDED, p["calibrated_with"])
     for accountant in privacy.ACCOUNTANTS:
         what = f"epsilon ({accountant.upper()})"
-        required = (*ALWAYS_RECORDED, p["calibrated_with"])
         if f"epsilon_{accountant}" not in p and accountant not in required:
             made.append((None, f"{what} is not in this record, so that nothing stands to be compared"))
             continue

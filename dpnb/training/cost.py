@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from dpnb.data import Dataset
 from dpnb.experiments import Experiment
 from dpnb.gradients import choose_form
-from dpnb.training.devices import device_memory, memory_limit, per_device_batch_size
+from dpnb.training.devices import free_memory, memory_limit, per_device_batch_size
 from dpnb.training.seeds import step_key
 from dpnb.training.update import Trainer, draw_noise, make_trainer
 
@@ -143,8 +143,3 @@ def _masked_batch(trainer: Trainer, size: int) -> tuple:
     n = size * trainer.mesh.devices.size
     key = step_key(trainer.state.key, trainer.state.step)
     return trainer.state.params, trainer.zero(), *trainer.feed.blank(n), key
-
-
-def free_memory(device: jax.Device) -> int:
-    """Returns the free bytes on the device, of 8 GiB if the backend does not report its memory."""
-    return device_memory(device) - (device.memory_stats() or {}).get("bytes_in_use", 0)

@@ -17,6 +17,11 @@ def device_memory(device: jax.Device) -> int:
     return (device.memory_stats() or {}).get("bytes_limit", 8 * 2**30)
 
 
+def free_memory(device: jax.Device) -> int:
+    """Returns the free bytes on the device, of 8 GiB if the backend does not report its memory."""
+    return device_memory(device) - (device.memory_stats() or {}).get("bytes_in_use", 0)
+
+
 def examples_per_microbatch(augmult: int) -> int:
     """Returns the examples per microbatch: about eight views, the fastest on CPU in benchmarks/."""
     return max(1, 8 // max(augmult, 1))

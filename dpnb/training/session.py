@@ -183,9 +183,8 @@ def _identify(experiment, data, folder, model, optimizer, public) -> tuple[str, 
     custom = computation(model, optimizer, data.shape)
     origin = {"public": public["sha256"]} if public else {}
     fingerprint = experiment.fingerprint(data=data.fingerprint, custom=custom, **origin)
-    call_on_process_0(
-        lambda: run_seed(folder, experiment.seed)[1]
-    )  # which may have to write what the others read
+    # Process 0 first: it may have to write what the others read.
+    call_on_process_0(lambda: run_seed(folder, experiment.seed)[1])
     seed, label = run_seed(folder, experiment.seed)
     # Two releases must not share their noise, unless they are the same to the bit.
     seed = derived_seed(seed, fingerprint)
