@@ -13,8 +13,9 @@ The fastest formulation depends on backend and shape, so it can be chosen:
 ``sliced``           for each kernel offset, one batched matrix product over examples
 ``im2col``           all offsets side by side, a single batched matrix product
 ``grouped``          one grouped convolution, as JAX does without this module
-``auto``             on CPU by shape, as measured by benchmarks/clipped_gradient.py;
-                     elsewhere ``sliced``, which has not been measured yet
+``auto``             by shape, on CPU as measured by benchmarks/clipped_gradient.py, on
+                     GPU by benchmarks/weight_gradients.py; elsewhere ``sliced``, which
+                     has not been measured there
 ===================  =============================================================
 
 Reverse-over-reverse differentiation is not supported (the gradient of a gradient).
@@ -133,7 +134,8 @@ def _choose(x_shape: Shape, g_shape: Shape, w_shape: Shape, spec: Spec) -> str:
     if jax.default_backend() == "cpu":
         small = positions <= 64 or (max(spec.strides) > 1 and positions <= 256)
         return "unrolled_im2col" if small and spec.groups == 1 else "unrolled"
-    return "sliced"
+    wide = w_shape[-2] >= 128 or max(spec.strides) > 1
+    return "im2col" if wide and jax.default_backend() == "gpu" else "sliced"
 
 
 @functools.cache

@@ -148,6 +148,8 @@ def _gaps(pretrained: str, exact_noise: bool) -> list[str]:
         *(
             [
                 "timing and memory: how long an update takes tells the size of its batch",
+                "rounding by place: some processors round by an example's place in its batch, so that taking one example "
+                "out may change the last digits of what others add; a run warns where it sees it",
                 "attackers who can break SHAKE: they could predict the noise, as the guarantee is computational",
             ]
             if exact_noise

@@ -29,6 +29,7 @@ NUMBERS = 200_000  # numbers of noise to draw, in at most 64 draws
 FIRST = 1000  # numbers of a leaf that are compared with those of all others
 DRAWS = 10_000_000  # single examples to draw, in at least 20 and at most 1,000 batches
 LARGE = 2**31  # bytes of training images beyond which no copy of the same shape is made up
+ROUNDING = 1 / 64  # of the clip norm: a larger difference between two places in a batch is no rounding
 STEEP = 30  # parameters are multiplied by it, to get gradients beyond the clip norm
 
 Finding = tuple[bool | None, str]  # passed (True), failed (False) or could not be checked (None); in words
@@ -44,10 +45,13 @@ class Report:
 
     ok: nothing failed.
     lines: one for each check, which passed, failed, or could not be made.
+    rounding: by how many clip norms what a made-up example adds depends on its place; 0 if the program rounds
+      alike everywhere. The noise is accounted for as if it did.
     """
 
     ok: bool
     lines: tuple[str, ...]
+    rounding: float = 0.0
 
     def __str__(self) -> str:
         return "\n".join(self.lines)
@@ -81,7 +85,9 @@ def check_trainer(trainer: Trainer) -> Report:
     be read). A shuffling sampler, whose epsilon is nominal, must draw batches of one size without repeats in
     them.
 
-    If a program does not repeat itself to the bit (as some on accelerators), "exact" means up to rounding.
+    If a program does not repeat itself to the bit (as some on accelerators), "exact" means up to rounding. If it rounds
+    by an example's place in the batch (as on some CPUs), the clip is checked up to 1/64 of the clip norm, and
+    `Report.rounding` says what was seen.
 
     False alarms: a sound trainer fails with probability 10^-9 at most, which the statistical tests share
     (Bonferroni); they use exact distributions or bounds (binomial tails, chi-square,
@@ -93,16 +99,18 @@ def check_trainer(trainer: Trainer) -> Report:
     Args:
       trainer: from `dpnb.training.update.make_trainer`, or changed. Every process has to call it.
     """
-    found = [*_sampler(trainer)]
+    found, rounding = [*_sampler(trainer)], []
     if trainer.experiment.noise_multiplier:
-        found += [*_noise_and_clip(trainer)]
+        found += [*_noise_and_clip(trainer, rounding)]
     else:
         found.append((None, "noise and clip: without noise nothing is private, and nothing is claimed"))
     said = {True: "ok", False: "FAILED", None: "not checked"}
-    return Report(all(ok is not False for ok, _ in found), tuple(f"{said[ok]}: {text}" for ok, text in found))
+    lines = tuple(f"{said[ok]}: {text}" for ok, text in found)
+    return Report(all(ok is not False for ok, _ in found), lines, max(rounding, default=0.0))
 
 
-def _noise_and_clip(trainer: Trainer) -> Iterator[Finding]:
+def _noise_and_clip(trainer: Trainer, rounding: list[float]) -> Iterator[Finding]:
+    """Checks both; what rounding by place does goes to `rounding`."""
     bits, sigma = trainer.grad.grid_bits, trainer.experiment.noise_multiplier
     if trainer.noise is None or bits is None:
         what = "no noise is drawn" if trainer.noise is None else "gradients are not rounded to a grid"
@@ -121,7 +129,7 @@ def _noise_and_clip(trainer: Trainer) -> Iterator[Finding]:
         return
     yield from _drawn([*drawn, other.noise(0)], sigma * 2.0**bits)
     yield from _update(trainer, drawn[:2])
-    yield from _clip(trainer, 2.0**bits)
+    yield from _clip(trainer, 2.0**bits, rounding)
 
 
 def _kind(x) -> tuple:
@@ -276,7 +284,7 @@ def _on_host(state: State) -> dict[str, np.ndarray]:
 # The clip.
 
 
-def _clip(trainer: Trainer, norm: float) -> Iterator[Finding]:
+def _clip(trainer: Trainer, norm: float, rounding: list[float]) -> Iterator[Finding]:
     """Checks what single examples add to the sum, in units of the grid; norm: the clip norm in them."""
     size, rng = trainer.physical_batch_size, np.random.default_rng(OWN_SEED)
     batch, count = _made_up(trainer, rng)
@@ -308,11 +316,8 @@ def _clip(trainer: Trainer, norm: float) -> Iterator[Finding]:
             f"clip: sums must be int32 in the shapes of the parameters, got {kinds}; see clipped_grad",
         )
         return
-    longest, apart, clipped = (
-        0.0,
-        _length(change(summed(params, ~everyone, start))),
-        0.0,
-    )  # padding adds nothing
+    padding = _length(change(summed(params, ~everyone, start)))
+    longest, apart, clipped = 0.0, 0.0, 0.0
     for at, full in ((params, first), (steep, summed(steep, everyone, start))):
         clipped += float(full.seen.clipped)
         for j in {min(1, size - 1), size - 1}:
@@ -324,23 +329,28 @@ def _clip(trainer: Trainer, norm: float) -> Iterator[Finding]:
     apart = max(apart, _length(elsewhere))
     never = jax.tree.map(lambda p: jnp.full_like(p, jnp.nan), params)
     unreal = _length(change(summed(never, everyone, start)))  # gradients that are no numbers
-    repeats = (not apart and not unreal) or np.array_equal(
-        change(first), change(summed(params, everyone, start))
-    )
+    repeats = not padding and not unreal
+    repeats = repeats or np.array_equal(change(first), change(summed(params, everyone, start)))
+    nothing_is = 0 if repeats else norm * ROUNDING
     remedy = "clip the gradient of every example on its own, before it is added to the sum"
     if longest > norm:
         yield False, f"clip: one made-up example moves the sum by {longest / norm:.4g} clip norms; {remedy}"
-    elif unreal > (0 if repeats else norm / 64):
+    elif padding > nothing_is:
+        yield False, f"clip: padding must add nothing, but adds {padding / norm:.2g} clip norms; {remedy}"
+    elif unreal > nothing_is:
         yield (
             False,
             "clip: gradients that are not a number must add nothing; XLA was told that there are none, leave fast_math "
             "out of XLA_FLAGS",
         )
-    elif apart > (0 if repeats else norm / 64):
+    elif apart > norm * ROUNDING:
         what = f"adds, with others or without, differs by {apart / norm:.2g} clip norms"
         yield False, f"clip: what a made-up example {what}; {remedy}"
     else:
-        how = "exact" if apart == 0 else "to 1/64 of it, as this program does not repeat itself to the bit"
+        rounding.append(apart / norm)
+        how = f"to {apart / norm:.1g} of it, which is rounding" if apart else "exact"
+        if not repeats:
+            how = "to 1/64 of it, as this program does not repeat itself to the bit"
         yield True, f"clip: an example adds its own clipped gradient, whatever else is in the sum ({how})"
         if not clipped:
             yield None, "clip: no made-up example has a gradient beyond the clip norm"

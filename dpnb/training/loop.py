@@ -41,6 +41,7 @@ class Run:
     steps: number of updates made.
     seconds: wall time of training, evaluation and compilation included, summed over the processes that
       continued the run one after another.
+    devices: what made the updates, in words; several, if the run was continued elsewhere.
     """
 
     experiment: Experiment
@@ -138,7 +139,7 @@ def _finish(session: Session, stopped: str, events: list[dict[str, Any]]) -> Run
         events=events,
         steps=int(state.step),
         seconds=session.seconds + (time.monotonic() - session.began if went_on else 0.0),
-        devices=hardware(session.devices),
+        devices=", then ".join(session.hardware) or hardware(session.devices),
         public=session.public,
         stopped=stopped,
     )

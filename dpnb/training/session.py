@@ -9,6 +9,7 @@ import dataclasses
 import math
 import pathlib
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -34,7 +35,7 @@ from dpnb.training.identity import computation
 from dpnb.training.preconditions import check_noise, check_outputs, check_own_model, check_size, noise_images
 from dpnb.training.replay import Payer, digest
 from dpnb.training.seeds import assert_same_seed, initial_rngs, run_seed, stream_name
-from dpnb.training.settings import settings_of
+from dpnb.training.settings import hardware, settings_of
 from dpnb.training.sharding import fetch_replicated
 from dpnb.training.state import State
 from dpnb.training.update import Trainer, make_trainer
@@ -51,6 +52,7 @@ class Session:
     history: points of the curve so far.
     public: the weights that it started from, see `dpnb.models.weights.provenance`.
     seconds: wall time that earlier processes took.
+    hardware: what made the updates so far, one after another, each once (`dpnb.training.settings.hardware`).
     """
 
     experiment: Experiment
@@ -64,6 +66,7 @@ class Session:
     history: list[dict[str, Any]]
     public: dict[str, str] | None
     seconds: float
+    hardware: list[str]
     began: float  # when this process began, on `time.monotonic`
     evaluate_split: Callable[[Any, Any], Evaluation]  # (params, split)
     is_finite: Callable[[Any], bool]  # (params): their outputs for public inputs
@@ -79,6 +82,8 @@ class Session:
         old one and the metrics are None), or its outputs are not finite, and the caller drops the new state.
         """
         new, seen, stopped = self.payer.update(self.state)
+        if not stopped and (here := hardware(self.devices)) not in self.hardware:
+            self.hardware.append(here)
         if not stopped and not self.is_finite(new.params):
             stopped = f"update {int(new.step)} left parameters whose outputs are not finite; {REMEDY}"
         return new, seen, stopped
@@ -99,6 +104,7 @@ class Session:
         """Writes a checkpoint, except at update 0, where there is nothing to keep."""
         if int(self.state.step):
             notes = {"history": self.history, "stream": self.payer.stream, "settings": self.settings}
+            notes["hardware"] = self.hardware
             notes["seconds"] = self.seconds + time.monotonic() - self.began
             self.checkpoints.save(self.state, notes)
 
@@ -147,7 +153,14 @@ def prepare(
         check_independent(model, noise_images(data))
         check_outputs(model, data)
         trainer = make_trainer(experiment, data, seed=seed, model=model, optimizer=optimizer, devices=devices)
-        check_trainer(trainer).raise_if_failed()
+        report = check_trainer(trainer)
+        report.raise_if_failed()
+        if report.rounding:
+            warnings.warn(
+                f"what an example adds depends on its place in the batch, by up to {report.rounding:.1g} clip norms: "
+                "this processor rounds so, and epsilon leaves it out (docs/exact_noise.md)",
+                stacklevel=4,  # the caller of `dpnb.training.train`
+            )
         checkpoints = Checkpoints(folder, f"{fingerprint} {label}")
         state, notes = checkpoints.restore(trainer.state)
         stream = _stream(ledger, state, notes, settings)
@@ -166,6 +179,7 @@ def prepare(
             history=notes.get("history", []),
             public=public,
             seconds=notes.get("seconds", 0.0),
+            hardware=notes.get("hardware", []),
             began=began,
             evaluate_split=evaluate,
             is_finite=make_is_finite(trainer, data),

@@ -139,6 +139,23 @@ def test_the_batching_rule_of_other_backends(monkeypatch, float64):
     assert error(jit(got)(w, x), want) < TOLERANCE
 
 
+@pytest.mark.parametrize("backend, channels, stride, products", [
+    ("gpu", 64, 1, 9), ("gpu", 64, 2, 1), ("gpu", 128, 1, 1), ("tpu", 128, 2, 9),
+])  # fmt: skip
+def test_the_formulation_is_the_fastest_measured(monkeypatch, backend, channels, stride, products):
+    """On an H100, see docs/performance.md: "im2col" is one product, "sliced" nine; TPUs were not measured."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+
+    def f(w, x):
+        layout = ("NHWC", "HWIO", "NHWC")
+        y = conv_general_dilated(x, w, (stride, stride), "SAME", dimension_numbers=layout)
+        return y.sum()
+
+    w, x = (jax.ShapeDtypeStruct(s, "float32") for s in ((3, 3, channels, 8), (2, 2, 8, 8, channels)))
+    program = str(jax.make_jaxpr(jax.vmap(jax.grad(f), (None, 0)))(w, x))
+    assert program.count("dot_general[") == products
+
+
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
 def test_per_example_is_vmap(backend, monkeypatch, float64):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)

@@ -1,0 +1,59 @@
+"""Trains one experiment on an array file, in as many sittings as it takes, with nothing but JAX's own packages.
+
+    python benchmarks/cell.py cifar10/wrn-16-4/eps1 runs/eps1 --data-file cifar10.npz --minutes 9
+    python benchmarks/cell.py digits/demo runs/digits --preset smoke                     # two minutes on a CPU
+
+For a borrowed accelerator, where `dpnb run` would need notebooks: it prints what it has spent, stops in time with a
+checkpoint, and goes on from there when it is called again.  A finished run leaves its record and its
+weights in the folder.
+"""
+
+import argparse
+import ast
+import pathlib
+import signal
+import time
+
+from dpnb import experiments, results, training
+from dpnb.data import load
+from dpnb.training import features
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("name")
+    parser.add_argument("directory", type=pathlib.Path)
+    parser.add_argument("--preset", default="paper", choices=experiments.PRESETS)
+    parser.add_argument("--data-file", help="array file of the data set (default: what the experiment names)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, help="stop with a checkpoint after so many")
+    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE")
+    args = parser.parse_args(argv)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    if args.minutes:
+        signal.signal(signal.SIGALRM, stop)
+        signal.setitimer(signal.ITIMER_REAL, 60 * args.minutes)
+    began = time.monotonic()
+    changes = dict(item.split("=", 1) for item in args.set)
+    changes = {k: ast.literal_eval(v) if v[:1].isdigit() else v for k, v in changes.items()}
+    e = experiments.get(args.name, args.preset, seed=args.seed, **changes)
+    data = features.prepare(e, load(e.dataset, file=args.data_file))
+    print(f"{e.name}: data after {time.monotonic() - began:.1f} s", flush=True)
+    try:
+        run = training.train(e, data, args.directory)
+    except KeyboardInterrupt:
+        print("stopped in time; the same command goes on", flush=True)
+        raise SystemExit(3) from None
+    made = results.save(run, data, args.directory)
+    print(
+        f"{e.name}: raw {run.raw.accuracy:.2f} %, EMA {run.ema.accuracy:.2f} %, {run.seconds:.0f} s",
+        flush=True,
+    )
+    print({k: v for k, v in made["privacy"].items() if k.startswith("epsilon")})
+
+
+if __name__ == "__main__":
+    main()
