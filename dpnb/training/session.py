@@ -6,6 +6,7 @@ and the lock of the ledger; damaged checkpoints are set aside.
 
 import contextlib
 import dataclasses
+import decimal
 import math
 import pathlib
 import time
@@ -224,7 +225,9 @@ def _stream(ledger: Ledger, state: State, notes: dict[str, Any], settings: str) 
 def calibrate(experiment: Experiment, n: int) -> Experiment:
     """Fills in the one field among (noise_multiplier, steps, epsilon) that is None.
 
-    If all three are given they are kept, and the ledger ends the run when the budget is spent.
+    If all three are given they are kept, and the ledger ends the run when the budget is spent. Noise and epsilon are
+    rounded up to 9 digits: the last ones differ between versions and processors, and a run has to be the same
+    experiment on another machine, where it goes on.
 
     Args:
       experiment: what is to be trained.
@@ -241,17 +244,26 @@ def calibrate(experiment: Experiment, n: int) -> Experiment:
     if not math.isinf(e.epsilon or 0):
         privacy.warn_if_delta_is_large(e.delta, n)
     if e.epsilon is None:
-        return e.replace(
-            epsilon=privacy.epsilon(e.mechanism(n), e.steps, delta=e.delta, accountant=e.accountant)
-        )
+        spent = privacy.epsilon(e.mechanism(n), e.steps, delta=e.delta, accountant=e.accountant)
+        return e.replace(epsilon=_rounded_up(spent))
     budget = privacy.PrivacyBudget(e.epsilon, e.delta)
     if e.steps is None:
         return e.replace(steps=privacy.calibrate_steps(budget, q, e.noise_multiplier, e.accountant))
     if e.noise_multiplier is None:
         if math.isinf(e.epsilon):
             return e.replace(noise_multiplier=0.0)
-        return e.replace(noise_multiplier=privacy.calibrate_noise(budget, q, e.steps, e.accountant))
+        return e.replace(
+            noise_multiplier=_rounded_up(privacy.calibrate_noise(budget, q, e.steps, e.accountant))
+        )
     return e
+
+
+def _rounded_up(x: float, digits: int = 9) -> float:
+    """Returns x, or the next number with so many significant digits."""
+    if not math.isfinite(x) or x <= 0:
+        return x
+    context = decimal.Context(prec=digits, rounding=decimal.ROUND_CEILING)
+    return float(context.create_decimal(decimal.Decimal(x)))
 
 
 def open_ledger(journal: pathlib.Path | None, *terms, **more) -> Ledger:
