@@ -1,8 +1,8 @@
 """The cache on disk: what is slow to make and can be made again, by everything that it is made from.
 
-An entry is a folder KIND/HASH with `entry.json` (the full key, a value, and hashes of the arrays) and one .npy file
-for each array. Every entry is checked by its hashes whenever it is read; one that is damaged, or whose key is another
-one, is not there. The cache never raises for want of a disk: without one, everything is made again.
+An entry is a folder KIND/HASH with `entry.json` (the full key, a value, and hashes of the arrays) and one .npy
+file for each array. Every entry is checked by its hashes whenever it is read; one that is damaged, or whose key is
+another one, is not there. The cache never raises for want of a disk: without one, everything is made again.
 """
 
 import contextlib
@@ -169,8 +169,8 @@ def filling(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields arrays of zeros to fill; when the block ends without an error, they are an entry.
 
-    They lie on disk, whose space is taken before the block begins, or in memory if there is no cache or no room in it.
-    Of a block that ends in an error nothing is kept. Afterwards the arrays are read-only.
+    They lie on disk, whose space is taken before the block begins, or in memory if there is no cache or no room in
+    it. Of a block that ends in an error nothing is kept. Afterwards the arrays are read-only.
 
     Args:
       kind, key, what, value: as in `put`.
@@ -252,7 +252,7 @@ def versions(*packages: str) -> dict[str, str]:
 
 @functools.cache
 def code(*files: str) -> str:
-    """SHA-256 (hex) of source files of this package (`data/tfds.py`, or `models` for all below it), for keys."""
+    """SHA-256 (hex) of source files of dpnb (`data/tfds.py`, or `models` for all below it), for keys."""
     digest, package = hashlib.sha256(), pathlib.Path(__file__).parent
     for name in files:
         for path in sorted((package / name).rglob("*.py")) if (package / name).is_dir() else [package / name]:
@@ -310,7 +310,7 @@ def _write(path: pathlib.Path, content: bytes) -> None:
 
 
 def _array_file(path: pathlib.Path, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """A .npy file of zeros, mapped into memory, whose space on disk is taken: a full disk is met here, not later."""
+    """A .npy file of zeros, mapped into memory. Its space is taken: a full disk is met here, not later."""
     _write(path, b"")
     array = np.lib.format.open_memmap(path, "w+", np.dtype(dtype), shape)
     if hasattr(os, "posix_fallocate"):  # not on macOS
@@ -338,7 +338,7 @@ def _remove(place: pathlib.Path) -> None:
 
 
 def _make_room(size: int) -> None:
-    """Removes what was used least recently until `size` more bytes fit the bound, and what was left half made."""
+    """Removes the least recently used until `size` more bytes fit, and what was left half made."""
     for partial in folder().glob("*/.*.partial"):
         with contextlib.suppress(OSError):
             newest = max(path.stat().st_mtime for path in (partial, *partial.iterdir()))

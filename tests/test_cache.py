@@ -1,4 +1,4 @@
-"""dpnb.cache: an entry is what was put there or it is not there, whatever happens to disk, keys and processes."""
+"""dpnb.cache: an entry is what was put there, or not there, whatever happens to disk and processes."""
 
 import json
 import os

@@ -16,9 +16,9 @@ ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 def kept(name: str, data_dir, load: Callable[[str, Any], Dataset]) -> Dataset:
     """`load(name, data_dir)`, or the same from the cache.
 
-    The entry belongs to the files of the data set: their names, sizes, inodes, and times of change. If one of them
-    changes, or TFDS, or the code that reads them, they are read again. If several versions are prepared beside each
-    other, which one is meant is for TFDS to say, and nothing is kept.
+    The entry belongs to the files of the data set: their names, sizes, inodes, and times of change. If one of
+    them changes, or TFDS, or the code that reads them, they are read again. If several versions are prepared
+    beside each other, which one is meant is for TFDS to say, and nothing is kept.
     """
     key = _key(name, data_dir)
     if key and (found := cache.get("images", key)):
@@ -48,7 +48,7 @@ def _key(name: str, data_dir) -> dict[str, Any] | None:
 
 
 def _listed(folder: pathlib.Path) -> Iterator[list[Any]]:
-    """Yields what identifies each file below a folder; one that changes keeps not all of its inode and times."""
+    """Yields what identifies each file below a folder: a file that changes does not keep all of it."""
     for above, _, names in os.walk(folder):
         for path in (pathlib.Path(above, name) for name in names):
             stat = path.stat()

@@ -98,7 +98,7 @@ def _runs(dp: Any, event: DpEvent, times: int) -> Iterator[tuple[DpEvent, int]]:
 
 
 def is_own(accountant: str) -> bool:
-    """Whether the accountant is a function of this file, so that the hash of the file tells which one it is."""
+    """Whether the accountant is a function of this file, whose hash then tells which one it is."""
     return find_accountant(accountant).__module__ == __name__
 
 
@@ -211,7 +211,7 @@ def pld(runs: Runs, delta: float, coarse: bool = False) -> float:
 
 
 def _pld_epsilon(runs: Runs, delta: float, interval: float) -> float:
-    """What dp-accounting's PLDAccountant gives, to the bit; one step of `Mechanism` is computed once for many runs."""
+    """What dp-accounting's PLDAccountant gives, to the bit; one step is computed once for many runs."""
     import dp_accounting as dp
     from dp_accounting.pld import PLDAccountant, privacy_loss_distribution
 
@@ -226,7 +226,7 @@ def _pld_epsilon(runs: Runs, delta: float, interval: float) -> float:
 
 @functools.lru_cache(maxsize=2)  # of tens of megabytes each
 def _losses(event: DpEvent, interval: float) -> Any:
-    """The privacy loss distribution of one step, which takes most of the time of an epsilon; it is never changed."""
+    """The privacy loss distribution of one step, most of the work of an epsilon; it is never changed."""
     import dp_accounting as dp
     from dp_accounting.pld import privacy_loss_distribution
 
@@ -249,8 +249,8 @@ def epsilon_curve(
 ) -> list[float]:
     """Epsilon after each number of updates in `steps`, for a plot of how the budget is spent.
 
-    A curve that was computed before comes from the cache, if the coarse accountant agrees with each of its points to
-    the thousandth by which it may be above. What states or spends an epsilon asks `epsilon`.
+    A curve that was computed before comes from the cache, if the coarse accountant agrees with each of its
+    points to the thousandth by which it may be above. What states or spends an epsilon asks `epsilon`.
 
     Args and errors are those of `epsilon`.
 

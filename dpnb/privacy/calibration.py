@@ -119,7 +119,7 @@ def _affordable_steps(
     bound: Accountant,
     others: tuple[tuple[Mechanism, int], ...],
 ) -> int:
-    """`affordable_steps`, computed once in a process; `bound` is the accountant, as another may get that name."""
+    """`affordable_steps`, once in a process; `bound` is the accountant, as another may get that name."""
 
     def spent(n: float, kind: str, coarse: bool = False) -> float:
         counts = {**dict(others), mechanism: int(n)}
@@ -156,14 +156,14 @@ def _affordable_steps(
     }
     question["beside"] = [[dataclasses.asdict(m), n] for m, n in others]
     what = (
-        f"steps of sigma {mechanism.noise_multiplier:.4g}, q {mechanism.sampling_probability:.4g} within {budget}, "
-        f"{accountant}" + (", beside others" if others else "")
+        f"steps of sigma {mechanism.noise_multiplier:.4g}, q {mechanism.sampling_probability:.4g} "
+        f"within {budget}, {accountant}" + (", beside others" if others else "")
     )
     return answers.kept(question, what, holds, search)
 
 
 def _least(spent: Callable[[bool], float], target: float) -> float:
-    """The coarse epsilon if that, which is never below the exact one, is within the target; else the exact one."""
+    """The coarse epsilon, which is never below the exact one, if it is within the target; else that."""
     coarse = _or_infinite(lambda: spent(True))
     return coarse if coarse <= target else _or_infinite(lambda: spent(False))
 

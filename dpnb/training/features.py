@@ -1,7 +1,7 @@
 """Fixed features in place of images, computed once, for networks that train only what comes after them.
 
-They are scattering coefficients, or what the classifier of a public network reads. Large ones are kept in the cache
-on disk, readable by their owner alone, as they are as private as the images.
+They are scattering coefficients, or what the classifier of a public network reads. Large ones are kept in the
+cache on disk, readable by their owner alone, as they are as private as the images.
 """
 
 import contextlib
@@ -157,7 +157,7 @@ def _features(data: Dataset, words: str, make_transform: Callable, batch_size: i
 
 
 def _key(data: Dataset, words: str, batch_size: int) -> dict[str, Any]:
-    """All that decides the bits of features: network and weights (in `words`), images, program and machine."""
+    """All that decides the bits: network and weights (in `words`), images, program and machine."""
     return {
         "words": words,
         "images": data.fingerprint,

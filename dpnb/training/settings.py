@@ -51,7 +51,7 @@ def flags() -> dict[str, str]:
 
 
 def rounding(data: Dataset) -> dict[str, str]:
-    """Returns what is known to decide the last bits of a program that reads `data` here, as a key for a cache."""
+    """Returns what is known to decide the last bits of a program that reads `data` here, for keys."""
     cpu = f"{platform.machine()} {_cpu()}, {os.cpu_count()} cores"
     return {"hardware": hardware(jax.devices()), "cpu": cpu, **flags(), **versions(data)}
 

@@ -50,7 +50,8 @@ def test_it_is_read_once_and_is_the_same(letters, read):
 
 def test_a_second_process_needs_no_tfds(letters):
     load(letters)
-    code = f"import sys; from dpnb import data; data.load('letters', data_dir={str(letters)!r}); print(*sys.modules)"
+    code = f"from dpnb import data; data.load('letters', data_dir={str(letters)!r}); "
+    code += "import sys; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"tensorflow_datasets", "array_record", "PIL"} & set(done.stdout.split())
 

@@ -1,4 +1,4 @@
-"""Answers on disk: the same as those of a search, and never believed; and one step that is computed once, to the bit."""
+"""Answers on disk: those of a search, and never believed; one step that is computed once, to the bit."""
 
 import json
 import math
@@ -41,7 +41,7 @@ def forget():
 
 @pytest.fixture(autouse=True)
 def new_process(monkeypatch):
-    """Nothing is remembered; the grids of PLD are ten times wider than they are otherwise, and as much faster."""
+    """Nothing is remembered; the grids of PLD are ten times wider than otherwise, and as much faster."""
     monkeypatch.setattr(accounting, "PLD_INTERVAL", 1e-3)
     monkeypatch.setattr(accounting, "PLD_COARSE_INTERVAL", 2e-3)
     forget()
@@ -124,7 +124,7 @@ class Computed(Exception):
 
 @asked
 def test_a_forged_answer_is_not_believed(disk_cache, monkeypatch, ask, accountant):
-    """Even one that would cost accuracy and not privacy: too much noise, too few steps, an epsilon too high."""
+    """Even one that would cost accuracy and not privacy: much noise, few steps, a high epsilon."""
     right = ask(accountant)
     (path,) = disk_cache.rglob("entry.json")
     genuine = path.read_bytes()
@@ -189,8 +189,10 @@ def test_another_version_or_code_computes_again(disk_cache, monkeypatch, ask):
 def test_the_key_holds_all_that_decides_the_answer(disk_cache):
     """Each of these is another question, and has its own answer."""
     found = {
-        sigma("rdp"), sigma("pld"), calibrate_noise(BUDGET, Q, STEPS + 1), calibrate_noise(BUDGET, Q / 2, STEPS),
-        calibrate_noise(PrivacyBudget(3.1, DELTA), Q, STEPS), calibrate_noise(PrivacyBudget(3.0, 1e-6), Q, STEPS),
+        sigma("rdp"), sigma("pld"),
+        calibrate_noise(BUDGET, Q, STEPS + 1), calibrate_noise(BUDGET, Q / 2, STEPS),
+        calibrate_noise(PrivacyBudget(3.1, DELTA), Q, STEPS),
+        calibrate_noise(PrivacyBudget(3.0, 1e-6), Q, STEPS),
     }  # fmt: skip
     assert len(found) == len(cache.entries()) == 6
     numbers = {steps("pld"), steps("rdp"), steps_beside("pld"), affordable_steps(BUDGET, Mechanism(1.4, Q))}
