@@ -1,8 +1,9 @@
 """The cache on disk: what is slow to make and can be made again, by everything that it is made from.
 
-An entry is a folder KIND/HASH with `entry.json` (the full key, a value, and hashes of the arrays) and one .npy
-file for each array. Every entry is checked by its hashes whenever it is read; one that is damaged, or whose key is
-another one, is not there. The cache never raises for want of a disk: without one, everything is made again.
+An entry is a folder KIND/HASH with `entry.json` (the full key, a value, and hashes of the arrays) and one
+.npy file for each array. Every entry is checked by its hashes whenever it is read; one that is damaged, or
+whose key is another one, is not there. The cache never raises for want of a disk: without one, everything
+is made again.
 """
 
 import contextlib
@@ -169,8 +170,8 @@ def filling(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields arrays of zeros to fill; when the block ends without an error, they are an entry.
 
-    They lie on disk, whose space is taken before the block begins, or in memory if there is no cache or no room in
-    it. Of a block that ends in an error nothing is kept. Afterwards the arrays are read-only.
+    They lie on disk, whose space is taken before the block begins, or in memory if there is no cache or no
+    room in it. Of a block that ends in an error nothing is kept. Afterwards the arrays are read-only.
 
     Args:
       kind, key, what, value: as in `put`.

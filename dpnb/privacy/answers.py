@@ -22,8 +22,8 @@ def kept(
     Args:
       question: all that decides the answer; versions of the accountants and of this code are added.
       what: the question in words, for `dpnb cache`.
-      holds: whether an answer may be used, by a computation that does not rest on the cache. It has to be right
-        about whatever JSON can hold.
+      holds: whether an answer may be used, by a computation that does not rest on the cache. It has to be
+        right about whatever JSON can hold.
       compute: finds the answer, a number or a list of numbers.
     """
     key = {
