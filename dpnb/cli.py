@@ -1,4 +1,4 @@
-"""`dpnb list | run | table | verify`: a thin shell over papermill and the records."""
+"""`dpnb list | run | table | verify | cache`: a thin shell over papermill and the records."""
 
 import argparse
 import ast
@@ -12,7 +12,7 @@ import sys
 import warnings
 
 import dpnb
-from dpnb import experiments
+from dpnb import cache, experiments
 from dpnb.experiments import Experiment, cifar10, studies
 from dpnb.files import private_folder, write_atomic
 
@@ -90,9 +90,13 @@ def main(arguments: list[str] | None = None) -> int:
     add.add_argument("record", type=pathlib.Path, help="directory of a run, or of its release")
     add.add_argument("--data-dir", default=None)
     add.add_argument("--data-file", default=None)
+    add = commands.add_parser("cache", help="list or clear what is kept on disk because it is slow to make")
+    add.add_argument("--clear", nargs="?", const="all", choices=("all", *cache.KINDS), metavar="KIND",
+                     help=f"remove it all, or one of {', '.join(cache.KINDS)}")  # fmt: skip
     options = parser.parse_args(arguments)
+    run_command = {"list": list_, "run": run, "table": table, "verify": verify, "cache": cache_}
     try:
-        return {"list": list_, "run": run, "table": table, "verify": verify}[options.command](options)
+        return run_command[options.command](options)
     except BrokenPipeError:  # `dpnb list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -281,10 +285,45 @@ def verify(options) -> int:
     """Prints what was checked of a record; returns 0 if all holds, 3 if not all could be checked, else 1."""
     from dpnb.results import verification
 
-    report = verification.verify(options.record, data_dir=options.data_dir, data_file=options.data_file)
+    with cache.unused():  # what is verified is computed
+        report = verification.verify(options.record, data_dir=options.data_dir, data_file=options.data_file)
     print("\n".join(report.lines))
     print("ok, complete" if report.ok and report.complete else "ok, incomplete" if report.ok else "FAILED")
     return 1 if not report.ok else 0 if report.complete else 3
+
+
+def cache_(options) -> int:
+    """Prints a line for each entry of the cache on disk, the last used first, or clears it."""
+    if options.clear:
+        freed = cache.clear(None if options.clear == "all" else options.clear)
+        print(f"{_size(freed)} removed from {cache.folder()}")
+        return 0
+    found = cache.entries()[::-1]
+    for entry in found:
+        age, idle = (_ago(seconds) for seconds in (entry.age, entry.idle))
+        print(f"{entry.kind:10} {_size(entry.size):>9}  made {age:>9}, used {idle:>9}  {entry.what}")
+    print(f"{_size(sum(e.size for e in found))} of {_size(cache.bound())} in {cache.folder()}")
+    return 0
+
+
+def _size(count: int) -> str:
+    """
+    >>> _size(400), _size(3 * 2**20), _size(5 * 2**30)
+    ('0.4 KiB', '3.0 MiB', '5.0 GiB')
+    """
+    power = 1 + (count >= 2**20) + (count >= 2**30)
+    return f"{count / 2 ** (10 * power):.1f} {'KMG'[power - 1]}iB"
+
+
+def _ago(seconds: float) -> str:
+    """
+    >>> _ago(59), _ago(3600 * 5), _ago(86400 * 3.4)
+    ('now', '5 h ago', '3 d ago')
+    """
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit} ago"
+    return "now"
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ import os
 import tempfile
 
 os.environ["XDG_CACHE_HOME"] = os.path.join(tempfile.gettempdir(), "dpnb-tests")  # not the user's
+os.environ["DPNB_CACHE"] = os.path.join(os.environ["XDG_CACHE_HOME"], "dpnb")
+os.environ["DPNB_CACHE_GIB"] = "0"  # tests compute what they test; those of the cache ask for the fixture
 # One cache of compiled programs for all tests and the processes that they start.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(os.environ["XDG_CACHE_HOME"], "compiled")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
@@ -36,3 +38,12 @@ def strict_ranks():
     """Arrays of different rank never broadcast silently (the usual way to a wrong gradient)."""
     with jax.numpy_rank_promotion("raise"):
         yield
+
+
+@pytest.fixture
+def disk_cache(tmp_path, monkeypatch):
+    """An empty cache on disk, of this test alone; returns its folder."""
+    monkeypatch.setenv("DPNB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("DPNB_CACHE_GIB", "1")
+    monkeypatch.setattr("dpnb.cache._warned", False)
+    return tmp_path / "cache"

@@ -5,10 +5,12 @@ import math
 import os
 
 import nbformat
+import numpy as np
 import pytest
 import shared_runs
 
-from dpnb import cli, experiments
+from dpnb import cache, cli, experiments
+from dpnb.results import verification
 
 
 @pytest.fixture
@@ -143,3 +145,37 @@ def test_cifar10(tmp_path):
     r = json.loads((tmp_path / "result.json").read_text())
     assert (r["data"]["name"], r["data"]["training_examples"]) == ("cifar10", 50_000)
     assert r["evaluated_on"] == "10000 test images" and "a test" in r["data"]["note"]
+
+
+def test_the_cache_is_listed_and_cleared(capsys, here, disk_cache):
+    cache.put(
+        "images", {"n": 1}, "cifar10, decoded, of somewhere", None, {"pixels": np.zeros(2**20, np.uint8)}
+    )
+    cache.put("accounting", {"n": 2}, "sigma of 150 steps", 0.5)
+    assert cli.main(["cache"]) == 0
+    *lines, total = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["accounting", "images"]  # the last used first
+    assert lines[1].split()[1:4] == ["1.0", "MiB", "made"] and lines[1].endswith(
+        "cifar10, decoded, of somewhere"
+    )
+    assert total == f"1.0 MiB of 1.0 GiB in {disk_cache}"
+    assert "invalid choice: 'weights'" in refusal(capsys, "cache", "--clear", "weights")
+    assert cli.main(["cache", "--clear", "images"]) == 0
+    assert "1.0 MiB removed" in capsys.readouterr().out
+    assert [entry.kind for entry in cache.entries()] == ["accounting"]
+    assert cli.main(["cache", "--clear"]) == 0
+    assert not cache.entries()
+
+
+def test_verification_does_not_use_the_cache(capsys, here, disk_cache, monkeypatch):
+    seen = []
+
+    def verify(*_, **__):
+        cache.put("accounting", {}, "a lie", 1.0)
+        seen.append(cache.get("accounting", {}))
+        return verification.Report(True, True, [])
+
+    monkeypatch.setattr(verification, "verify", verify)
+    cache.put("accounting", {}, "a lie", 1.0)
+    assert cli.main(["verify", "somewhere"]) == 0
+    assert seen == [None] and cache.get("accounting", {})

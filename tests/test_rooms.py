@@ -16,6 +16,7 @@ PACKAGE = pathlib.Path(dpnb.__file__).parent
 # rooms on one floor do not see each other.
 FLOORS = (
     ("lazy", "files"),
+    ("cache",),
     ("privacy",),
     ("gradients", "data"),
     ("models",),

@@ -6,6 +6,7 @@ import zipfile
 
 import numpy as np
 
+from dpnb.data import array_cache
 from dpnb.data.dataset import (
     CIFAR10_CLASSES,
     CLASSES,
@@ -56,7 +57,7 @@ def load(
 
         data = textures.dataset()
     else:
-        data = _load_tfds(name, data_dir)
+        data = array_cache.kept(name, data_dir, _load_tfds)
     train, test = data.train, data.test
     if validation:
         if not 0 < validation < len(train):

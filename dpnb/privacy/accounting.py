@@ -4,12 +4,14 @@ dp-accounting does the accounting; it is imported when a number is computed.
 """
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from dpnb.privacy import answers
 from dpnb.privacy.mechanism import DpEvent, Mechanism, dp_accounting_or_error
 
 Runs = Sequence[tuple[DpEvent, int]]  # (event of one step, how many steps of it), ...
@@ -95,6 +97,18 @@ def _runs(dp: Any, event: DpEvent, times: int) -> Iterator[tuple[DpEvent, int]]:
         yield event, times
 
 
+def is_own(accountant: str) -> bool:
+    """Whether the accountant is a function of this file, whose hash then tells which one it is."""
+    return find_accountant(accountant).__module__ == __name__
+
+
+def _is_sampled_gaussian(event: DpEvent) -> bool:
+    """Whether an event is one step of `Mechanism`, which dp-accounting composes by multiples of one step."""
+    import dp_accounting as dp
+
+    return type(event) is dp.PoissonSampledDpEvent and type(event.event) is dp.GaussianDpEvent
+
+
 def _composed(account: Any, runs: Runs) -> Any:
     """`account` with all runs composed into it."""
     for event, steps in runs:
@@ -115,13 +129,33 @@ def rdp(runs: Runs, delta: float, coarse: bool = False) -> float:
     >>> round(rdp([(Mechanism(10.0, 4096 / 50_000).event(), 875)], 1e-5), 4)
     0.9877
     """
-    import dp_accounting as dp
     import numpy as np
     from dp_accounting import rdp as renyi
 
-    account = _composed(renyi.RdpAccountant(_rdp_orders(), dp.NeighboringRelation.ADD_OR_REMOVE_ONE), runs)
-    rounding = RDP_ROUNDING * sum(steps for _, steps in runs) * account.orders / (account.orders - 1)
-    return float(renyi.compute_epsilon(account.orders, np.maximum(account.rdp, 0) + rounding, delta)[0])
+    orders, divergences = np.array(_rdp_orders()), np.zeros(len(_rdp_orders()))
+    for event, steps in runs:
+        if _is_sampled_gaussian(event):
+            divergences += steps * _divergences(event)
+        else:
+            divergences += _composed(_rdp_account(), [(event, steps)]).rdp
+    rounding = RDP_ROUNDING * sum(steps for _, steps in runs) * orders / (orders - 1)
+    return float(renyi.compute_epsilon(orders, np.maximum(divergences, 0) + rounding, delta)[0])
+
+
+def _rdp_account() -> Any:
+    """An empty RdpAccountant."""
+    import dp_accounting as dp
+    from dp_accounting import rdp as renyi
+
+    return renyi.RdpAccountant(_rdp_orders(), dp.NeighboringRelation.ADD_OR_REMOVE_ONE)
+
+
+@functools.lru_cache(maxsize=1024)
+def _divergences(event: DpEvent) -> Any:
+    """The Renyi divergences of one step, float64 [orders], computed once in a process."""
+    made = _composed(_rdp_account(), [(event, 1)]).rdp
+    made.flags.writeable = False
+    return made
 
 
 def _costly(runs: Runs, bound: float) -> bool:
@@ -161,9 +195,6 @@ def pld(runs: Runs, delta: float, coarse: bool = False) -> float:
     >>> round(pld([(Mechanism(10.0, 4096 / 50_000).event(), 875)], 1e-5), 3)
     0.903
     """
-    import dp_accounting as dp
-    from dp_accounting.pld import PLDAccountant
-
     bound = rdp(runs, delta)
     if _costly(runs, bound):
         return bound
@@ -175,9 +206,36 @@ def pld(runs: Runs, delta: float, coarse: bool = False) -> float:
             f'about as large as that, got {delta}; ask for a larger delta, or with accountant "rdp"'
         )
     interval = PLD_COARSE_INTERVAL if coarse else PLD_INTERVAL
-    account = _composed(PLDAccountant(dp.NeighboringRelation.ADD_OR_REMOVE_ONE, interval), runs)
     # The factor: the losses among which it looks up epsilon are a running sum of the interval.
-    return float(account.get_epsilon(delta - rounding)) * (1 + 1e-8)
+    return float(_pld_epsilon(runs, delta - rounding, interval)) * (1 + 1e-8)
+
+
+def _pld_epsilon(runs: Runs, delta: float, interval: float) -> float:
+    """What dp-accounting's PLDAccountant gives, to the bit; one step is computed once for many runs."""
+    import dp_accounting as dp
+    from dp_accounting.pld import PLDAccountant, privacy_loss_distribution
+
+    if not all(_is_sampled_gaussian(event) for event, _ in runs):
+        neighbours = dp.NeighboringRelation.ADD_OR_REMOVE_ONE
+        return _composed(PLDAccountant(neighbours, interval), runs).get_epsilon(delta)
+    losses = privacy_loss_distribution.identity(value_discretization_interval=interval)
+    for event, steps in runs:
+        losses = losses.compose(_losses(event, interval).self_compose(steps))
+    return losses.get_epsilon_for_delta(delta)
+
+
+@functools.lru_cache(maxsize=2)  # of tens of megabytes each
+def _losses(event: DpEvent, interval: float) -> Any:
+    """The privacy loss distribution of one step, most of the work of an epsilon; it is never changed."""
+    import dp_accounting as dp
+    from dp_accounting.pld import privacy_loss_distribution
+
+    return privacy_loss_distribution.from_gaussian_mechanism(
+        standard_deviation=event.event.noise_multiplier,
+        value_discretization_interval=interval,
+        sampling_prob=event.sampling_probability,
+        neighboring_relation=dp.NeighboringRelation.ADD_OR_REMOVE_ONE,
+    )
 
 
 # Recorded by every run: an accountant that is added later is absent from older records.
@@ -191,17 +249,53 @@ def epsilon_curve(
 ) -> list[float]:
     """Epsilon after each number of updates in `steps`, for a plot of how the budget is spent.
 
+    A curve that was computed before comes from the cache, if the coarse accountant agrees with each of its
+    points to the thousandth by which it may be above. What states or spends an epsilon asks `epsilon`.
+
     Args and errors are those of `epsilon`.
 
     >>> [round(e, 2) for e in epsilon_curve(Mechanism(1.0, 0.01), [0, 100, 1000], 1e-5, "rdp")]
     [0.0, 1.22, 2.1]
     """
-    return [_cached_epsilon(mechanism, int(n), delta, accountant) for n in steps]
+    bound = find_accountant(accountant)
+    return list(_curve(mechanism, tuple(map(int, steps)), delta, accountant, bound))
+
+
+@functools.lru_cache(maxsize=64)
+def _curve(
+    mechanism: Mechanism | DpEvent, steps: tuple[int, ...], delta: float, accountant: str, bound: Accountant
+) -> Sequence[float]:
+    """`epsilon_curve`; `bound` is the accountant itself, as another one may come to have that name."""
+
+    def compute() -> list[float]:
+        return [_cached_epsilon(mechanism, n, delta, accountant, bound) for n in steps]
+
+    def holds(curve: Any) -> bool:
+        if not isinstance(curve, list) or [type(e) for e in curve] != [float] * len(steps):
+            return False
+        coarse = (epsilon(mechanism, n, delta, accountant, coarse=True) for n in steps)
+        return all(e <= above <= e * 1.001 for e, above in zip(curve, coarse, strict=True))
+
+    if not (isinstance(mechanism, Mechanism) and is_own(accountant)) or accountant == FIRST_GUESS:
+        return compute()  # to check it would take as long
+    question = {
+        "curve": dataclasses.asdict(mechanism),
+        "steps": steps,
+        "delta": delta,
+        "accountant": accountant,
+    }
+    what = (
+        f"epsilon after up to {max(steps, default=0)} steps of sigma {mechanism.noise_multiplier:.4g}, "
+        f"q {mechanism.sampling_probability:.4g}, delta {delta:g}, {accountant}"
+    )
+    return answers.kept(question, what, holds, compute)
 
 
 @functools.lru_cache(maxsize=1024)
-def _cached_epsilon(mechanism: Mechanism | DpEvent, steps: int, delta: float, accountant: str) -> float:
-    """`epsilon`, kept: a notebook plots again the curve that training showed, and PLD takes a second a point."""
+def _cached_epsilon(
+    mechanism: Mechanism | DpEvent, steps: int, delta: float, accountant: str, bound: Accountant
+) -> float:
+    """`epsilon`, kept: a notebook plots again the curve that training showed; `bound` as for `_curve`."""
     return epsilon(mechanism, steps, delta, accountant)
 
 

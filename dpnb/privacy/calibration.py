@@ -1,12 +1,27 @@
-"""The least noise, or the most steps, that stay within a privacy budget. Neither ever exceeds it."""
+"""The least noise, or the most steps, that stay within a privacy budget. Neither ever exceeds it.
 
+An answer from the cache is used only if its own epsilon, computed anew, is within the budget.
+"""
+
+import contextlib
+import dataclasses
 import functools
 import math
 import operator
 from collections.abc import Callable, Mapping
+from typing import Any
 
-from dpnb.privacy.accounting import DEFAULT_ACCOUNTANT, FIRST_GUESS, DeltaTooSmall, epsilon, find_accountant
-from dpnb.privacy.mechanism import Mechanism, PrivacyBudget, compose
+from dpnb.privacy import answers
+from dpnb.privacy.accounting import (
+    DEFAULT_ACCOUNTANT,
+    FIRST_GUESS,
+    Accountant,
+    DeltaTooSmall,
+    epsilon,
+    find_accountant,
+    is_own,
+)
+from dpnb.privacy.mechanism import Mechanism, PrivacyBudget, compose, dp_accounting_or_error
 
 MOST_STEPS = 10_000_000  # a search for the number of steps ends here
 
@@ -35,20 +50,33 @@ def calibrate_noise(
         return 0.0
     target = budget.epsilon * (1 - 1e-6)
 
-    def solve(kind: str, guess: float) -> float | None:  # in x = 1/sigma, along which epsilon grows
-        def spent(x: float) -> float:
-            return epsilon(Mechanism(1 / x, sampling_probability), steps, budget.delta, kind)
+    def spent(sigma: float, kind: str, coarse: bool = False) -> float:
+        mechanism = Mechanism(sigma, sampling_probability)
+        return epsilon(mechanism, steps, budget.delta, kind, coarse=coarse)
 
-        return _last_that_fits(spent, target, guess, least=1e-5, most=10.0)
+    def search() -> float:  # in x = 1/sigma, along which epsilon grows
+        def solve(kind: str, guess: float) -> float | None:
+            return _last_that_fits(lambda x: spent(1 / x, kind), target, guess, least=1e-5, most=10.0)
 
-    x = solve(FIRST_GUESS, 1.0)
-    x = x if accountant == FIRST_GUESS else solve(accountant, x or 1.0)
-    if x is None:
-        raise ValueError(
-            f"no noise multiplier up to 1e5 keeps {steps} steps within epsilon {budget.epsilon} at delta "
-            f"{budget.delta} under {accountant}; ask for a larger epsilon or delta, or for PLD"
-        )
-    return 1 / x
+        x = solve(FIRST_GUESS, 1.0)
+        x = x if accountant == FIRST_GUESS else solve(accountant, x or 1.0)
+        if x is None:
+            raise ValueError(
+                f"no noise multiplier up to 1e5 keeps {steps} steps within epsilon {budget.epsilon} at delta "
+                f"{budget.delta} under {accountant}; ask for a larger epsilon or delta, or for PLD"
+            )
+        return 1 / x
+
+    def holds(sigma: Any) -> bool:  # it keeps the budget, and is not more noise than that takes
+        if type(sigma) is not float or not 0.1 <= sigma <= 1e5:
+            return False
+        return target * 0.998 <= _least(lambda coarse: spent(sigma, accountant, coarse), target) <= target
+
+    if not is_own(accountant):
+        return search()
+    what = f"sigma of {steps} steps, q {sampling_probability:.4g}, within {budget}, {accountant}"
+    question = {"sigma of": steps, "q": sampling_probability, **dataclasses.asdict(budget)}
+    return answers.kept({**question, "accountant": accountant}, what, holds, search)
 
 
 def affordable_steps(
@@ -75,26 +103,76 @@ def affordable_steps(
     >>> affordable_steps(PrivacyBudget(8.0, 1e-5), Mechanism(3.0, 4096 / 50_000), "rdp")
     3066
     """
-    find_accountant(accountant)
+    bound = find_accountant(accountant)
     if budget.epsilon == math.inf:
         return MOST_STEPS
-    counts = dict(spent or {})
+    dp_accounting_or_error()
+    others = tuple((m, n) for m, n in (spent or {}).items() if m != mechanism)
+    return _affordable_steps(budget, mechanism, accountant, bound, others)
 
-    def solve(kind: str, guess: float) -> float | None:
-        def total(n: float) -> float:
-            counts[mechanism] = int(n)
-            try:
-                return epsilon(compose(counts), 1, budget.delta, kind)
-            except DeltaTooSmall:
-                if n == 1:
-                    raise
-                return math.inf
 
-        return _last_that_fits(total, budget.epsilon, guess, least=1, most=MOST_STEPS, whole=True)
+@functools.lru_cache(maxsize=256)
+def _affordable_steps(
+    budget: PrivacyBudget,
+    mechanism: Mechanism,
+    accountant: str,
+    bound: Accountant,
+    others: tuple[tuple[Mechanism, int], ...],
+) -> int:
+    """`affordable_steps`, once in a process; `bound` is the accountant, as another may get that name."""
 
-    n = solve(FIRST_GUESS, 1)
-    n = n if accountant == FIRST_GUESS else solve(accountant, n or 1)
-    return int(n or 0)
+    def spent(n: float, kind: str, coarse: bool = False) -> float:
+        counts = {**dict(others), mechanism: int(n)}
+        return epsilon(compose(counts), 1, budget.delta, kind, coarse=coarse)
+
+    def search() -> int:
+        def solve(kind: str, guess: float) -> float | None:
+            def total(n: float) -> float:
+                try:
+                    return spent(n, kind)
+                except DeltaTooSmall:
+                    if n == 1:
+                        raise
+                    return math.inf
+
+            return _last_that_fits(total, budget.epsilon, guess, least=1, most=MOST_STEPS, whole=True)
+
+        n = solve(FIRST_GUESS, 1)
+        n = n if accountant == FIRST_GUESS else solve(accountant, n or 1)
+        return int(n or 0)
+
+    def holds(n: Any) -> bool:  # n steps keep the budget, and one more is not known to
+        if type(n) is not int or not 1 <= n < MOST_STEPS:
+            return False
+        fits = _least(lambda coarse: spent(n, accountant, coarse), budget.epsilon) <= budget.epsilon
+        return fits and _or_infinite(lambda: spent(n + 1, accountant, True)) > budget.epsilon
+
+    if not is_own(accountant):
+        return search()
+    question = {
+        "steps of": dataclasses.asdict(mechanism),
+        "accountant": accountant,
+        **dataclasses.asdict(budget),
+    }
+    question["beside"] = [[dataclasses.asdict(m), n] for m, n in others]
+    what = (
+        f"steps of sigma {mechanism.noise_multiplier:.4g}, q {mechanism.sampling_probability:.4g} "
+        f"within {budget}, {accountant}" + (", beside others" if others else "")
+    )
+    return answers.kept(question, what, holds, search)
+
+
+def _least(spent: Callable[[bool], float], target: float) -> float:
+    """The coarse epsilon, which is never below the exact one, if it is within the target; else that."""
+    coarse = _or_infinite(lambda: spent(True))
+    return coarse if coarse <= target else _or_infinite(lambda: spent(False))
+
+
+def _or_infinite(spent: Callable[[], float]) -> float:
+    """An epsilon, infinite where none can be proven."""
+    with contextlib.suppress(DeltaTooSmall):
+        return spent()
+    return math.inf
 
 
 def calibrate_steps(

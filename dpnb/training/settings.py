@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import pathlib
+import platform
 
 import flax
 import jax
@@ -39,8 +41,29 @@ def settings_of(experiment: Experiment, data: Dataset, devices: list[jax.Device]
         "processes": jax.process_count(),
     }
     found |= {"hardware": hardware(devices), "code": code(), **versions(data)}
-    found |= {name: str(getattr(jax.config, name, None)) for name in DECISIVE_FLAGS}
+    found |= flags()
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+
+def flags() -> dict[str, str]:
+    """Returns the settings of JAX that decide how a program rounds."""
+    return {name: str(getattr(jax.config, name, None)) for name in DECISIVE_FLAGS}
+
+
+def rounding(data: Dataset) -> dict[str, str]:
+    """Returns what is known to decide the last bits of a program that reads `data` here, for keys."""
+    cpu = f"{platform.machine()} {_cpu()}, {os.cpu_count()} cores"
+    return {"hardware": hardware(jax.devices()), "cpu": cpu, **flags(), **versions(data)}
+
+
+def _cpu() -> str:
+    """Returns model and instructions of the processor, as Linux says, else its name."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    said = {name.strip(): text for name, _, text in (line.partition(":") for line in lines)}
+    return said.get("model name", "") + said.get("flags", said.get("Features", ""))
 
 
 def versions(data: Dataset) -> dict[str, str]:
