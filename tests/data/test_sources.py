@@ -194,6 +194,14 @@ def test_files_are_hashed_once_and_looked_at_once_for_each_list(root, monkeypatc
     assert (len(opened), len(asked)) == (8, 16)
 
 
+def test_large_files_are_hashed_as_small_ones(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(bytes(range(256)))
+    want = hashlib.sha256(bytes(range(256))).hexdigest()
+    assert hashes._content(str(tmp_path / "file")) == want
+    monkeypatch.setattr(hashes, "SMALL", 255)
+    assert hashes._content(str(tmp_path / "file")) == want
+
+
 def test_files_are_read_ahead_for_the_first_hashes(tmp_path, monkeypatch):
     """As many at a time as there are threads: each waits until all of them have begun."""
     import threading
