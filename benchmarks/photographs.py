@@ -2,7 +2,7 @@
 
     python benchmarks/photographs.py                                    # 1,280,000 made files, then deleted
     python benchmarks/photographs.py --files 20000                      # fewer
-    python benchmarks/photographs.py imagenette_mini --data-dir DIR     # decoding and reading ahead of a data set
+    python benchmarks/photographs.py imagenette_mini --data-dir DIR     # decoding and reading ahead alone
 
 Times are *processor time*, so that other programs matter little, and the wall clock beside it where programs
 wait for the disk.  A floor is the least that has to be done, in the same process and minute: the names of all
@@ -205,8 +205,8 @@ def main() -> None:
     for views in (1, 4, 16):
         hungry = imagenet.EFFECTIVE / (6 * imagenet.FORWARD["nf-resnet", 50, 224] * views)
         print(
-            f"NF-ResNet-50, K = {views}, at an assumed {imagenet.EFFECTIVE / 1e12:.0f} TFLOP/s: {hungry:,.0f} per "
-            f"second, {hungry / rate:.1f} cores"
+            f"NF-ResNet-50, K = {views}, at an assumed {imagenet.EFFECTIVE / 1e12:.0f} TFLOP/s: {hungry:,.0f} "
+            f"per second, {hungry / rate:.1f} cores"
         )
 
 

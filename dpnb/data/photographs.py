@@ -69,8 +69,8 @@ class Photographs:
     num_classes: labels are 0 to num_classes - 1.
     size: side in pixels of the images that `read` returns.
     chosen: the photographs of the source that belong to the split, as a range.
-    workers: processes that read and decode; 0 for threads of this one, as many as cores and one more, which
-      on a few cores is the faster way (Pillow decodes outside Python's lock).
+    workers: processes that read and decode; 0 for threads of this one, one more than there are cores (Pillow
+      decodes outside Python's lock). Threads are no slower on two cores, and begin at once.
     """
 
     source: Any
@@ -241,8 +241,8 @@ class PhotographDataset(Dataset):
         if shared and not self.allow_overlap:
             raise DataError(
                 f"photographs to report on must not be among those to train on, got {shared} of "
-                f"{len(self.test)} of {self.name} that are copies, to the byte; remove them from train, or load "
-                "with allow_overlap=True"
+                f"{len(self.test)} of {self.name} that are copies, to the byte; remove them from train, or "
+                "load with allow_overlap=True"
             )
 
 
@@ -276,8 +276,8 @@ def load(
 ) -> Dataset:
     """Opens a data set of photographs; nothing but the list of them, and one or a few of them, is read yet.
 
-    Hidden files and folders are left out. What else is not read is named in a warning: photographs that lie in
-    no folder of a class, files without a suffix of `SUFFIXES`, pipes, and links that lead nowhere.
+    Hidden files and folders are left out. What else is not read is named in a warning: photographs that lie
+    in no folder of a class, files without a suffix of `SUFFIXES`, pipes, and links that lead nowhere.
 
     Args:
       name: a TFDS data set below `data_dir` prepared as array_record, such as "imagenet2012" or
@@ -312,7 +312,7 @@ def load(
     reported = (
         split(train, chosen=range(n - validation, n)) if validation else split(test, chosen=range(len(test)))
     )
-    notes += [OVERLAP] * allow_overlap + [note] * bool(note)
+    notes = [own for own in notes + [OVERLAP] * allow_overlap if own not in note] + [note] * bool(note)
     train = split(train, chosen=range(n - validation))
     return PhotographDataset(
         name, train, reported, classes, "; ".join(notes), size=size, allow_overlap=allow_overlap

@@ -138,7 +138,7 @@ class FolderSource:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TfdsSource:
-    """One split of a prepared TFDS data set, with its images left encoded; they are not turned, as is usual."""
+    """One split of a prepared TFDS data set, its images left encoded; they are not turned, as is usual."""
 
     directory: str
     split: str
@@ -213,7 +213,7 @@ def class_folders(folder: pathlib.Path) -> tuple[tuple[str, ...], list[str]]:
     strange = [name for name in classes if printable(name) != name]
     if strange:
         raise DataError(
-            f"names of classes must be UTF-8, as records state them, got {printable(strange[0])} in {folder}; "
-            "rename it"
+            f"names of classes must be UTF-8, as records state them, got {printable(strange[0])} in "
+            f"{folder}; rename it"
         )
     return tuple(sorted(classes)), sorted(others)

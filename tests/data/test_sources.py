@@ -7,6 +7,7 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 import warnings
 
@@ -132,7 +133,10 @@ def test_photographs_none_of_which_can_be_read_are_refused_at_once(root, which):
 
 def test_the_note_says_whether_orientation_is_obeyed(root):
     assert load(root).note == photographs.TURNED
-    assert load(root, note="from a telephone").note == f"{photographs.TURNED}; from a telephone"
+    noted = load(root, note="from a telephone").note
+    assert (
+        noted == f"{photographs.TURNED}; from a telephone" == load(root, note=noted).note
+    )  # as records say it
 
 
 def copy(root, before: str, after: str) -> None:
@@ -204,8 +208,6 @@ def test_large_files_are_hashed_as_small_ones(tmp_path, monkeypatch):
 
 def test_files_are_read_ahead_for_the_first_hashes(tmp_path, monkeypatch):
     """As many at a time as there are threads: each waits until all of them have begun."""
-    import threading
-
     (tmp_path / "a").mkdir()
     for number in range(hashes.READERS):
         (tmp_path / "a" / f"{number}.png").write_bytes(bytes([number]))
