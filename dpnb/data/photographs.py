@@ -4,6 +4,9 @@ Random access (TFDS data sources in array_record, or a folder per class) makes P
 data sets of any size: the sampler draws indices, and only those images are read, by Grain's threads or
 worker processes, ahead of the device and in bounded memory.  Pillow, TFDS and Grain are imported only
 when they are used.
+
+Photographs in folders are turned as their EXIF orientation says.  Those of TFDS (ImageNet) are not, as is
+usual in the field.  The note of each data set says which.
 """
 
 import dataclasses
@@ -20,7 +23,9 @@ import numpy as np
 
 from dpnb.data import recipe as recipes
 from dpnb.data.dataset import FOLDER_SPLITS, PHOTOGRAPH_SPLITS, DataError, Dataset, reported_split
-from dpnb.data.prefetch import READ_AHEAD, GivenBatches, Plan, cores
+from dpnb.data.decoding import UndecodableError, decode
+from dpnb.data.hashes import copies
+from dpnb.data.prefetch import READ_AHEAD, GivenBatches, Plan, cores, end_with_parent
 from dpnb.data.recipe import Recipe
 from dpnb.data.sources import (
     SUFFIXES,
@@ -28,11 +33,15 @@ from dpnb.data.sources import (
     FolderSource,
     TfdsSource,
     class_folders,
-    decode,
-    file_hashes,
     name_unreadable,
+    printable,
 )
 from dpnb.data.tfds import prepared
+
+PROBES = 16  # photographs of a split that are tried when it is opened, until one can be read
+OVERLAP = "photographs to report on may be among those trained on"
+TURNED = "photographs turned as their EXIF orientation says"
+NOT_TURNED = "EXIF orientation ignored, as usual for TFDS's data sets"
 
 
 class Batch(NamedTuple):
@@ -60,7 +69,8 @@ class Photographs:
     num_classes: labels are 0 to num_classes - 1.
     size: side in pixels of the images that `read` returns.
     chosen: the photographs of the source that belong to the split, as a range.
-    workers: processes that read and decode; 0 for threads of this one (Pillow decodes outside Python's lock).
+    workers: processes that read and decode; 0 for threads of this one, one more than there are cores (Pillow
+      decodes outside Python's lock). Threads are no slower on two cores, and begin at once.
     """
 
     source: Any
@@ -100,13 +110,13 @@ class Photographs:
             try:
                 if not 0 <= label < self.num_classes:
                     raise ValueError(f"label {label} of {self.num_classes} classes")
-                images[row] = decode(encoded, self.size)
+                images[row] = decode(encoded, self.size, self.source.upright)
                 labels[row] = label
             except (ImportError, MemoryError):  # not the photograph's fault
                 raise
             except Exception as error:  # Pillow raises many kinds
-                reason = f"{name or 'photograph'} ({type(error).__name__}: {error})"
-                unreadable.append((int(index), reason))
+                kind = "" if isinstance(error, UndecodableError) else f"{type(error).__name__}: "
+                unreadable.append((int(index), f"{name or 'photograph'} ({kind}{error})"))
                 images[row] = 0
         return Batch(images, labels, indices, mask, tuple(unreadable))
 
@@ -157,7 +167,7 @@ class Photographs:
 
             flags.FLAGS.mark_as_parsed()  # Grain's workers read them, and a notebook has no command line
             options = grain.multiprocessing.MultiprocessingOptions(self.workers, per_worker_buffer_size=2)
-            ahead = ahead.mp_prefetch(options)
+            ahead = ahead.mp_prefetch(options, worker_init_fn=end_with_parent)
         return iter(ahead)
 
 
@@ -165,17 +175,24 @@ class Photographs:
 class PhotographDataset(Dataset):
     """A data set of `Photographs`; views are squares of `size` x `size` pixels.
 
+    The guarantee is for one photograph. Somebody with k copies of one in the training split, or k different
+    ones, has that of the group of k, which is weaker.
+
+    allow_overlap: whether photographs to report on may be among those to train on.
+
     Raises:
-      DataError: a split has no photograph, or no file.
+      DataError: a split has no photograph, or none of some that are tried can be read.
     """
 
     size: int = 224
+    allow_overlap: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "classes", tuple(map(str, self.classes)))
         for which, split in (("train", self.train), ("test", self.test)):
-            if not len(split) or not split.source.files:
+            if not len(split):
                 raise DataError(f"{self.name} needs photographs in its {which} split, got none")
+            _probe(self.name, which, split)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -187,25 +204,80 @@ class PhotographDataset(Dataset):
         """Random crops of `size` pixels and ImageNet's statistics, see `dpnb.data.recipe.photographs`."""
         return recipes.photographs(self.size)
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) over all files, the classes, the size, and which photographs are in each split.
 
         Every byte is read once; after that a file is trusted as long as its size, inode and times of change
-        stay the same.
+        stay the same.  Files of a data set that is open are looked at once.  Copies among the training
+        photographs of a folder, the same to the byte, are counted in a warning; TFDS does not show them.
+
+        Raises:
+          DataError: photographs to report on are among those to train on, and that was not allowed.
         """
         digest = hashlib.sha256(json.dumps(self.classes).encode())
         for split in (self.train, self.test):
             chosen = split.chosen
             digest.update(f"{chosen} of {len(split.source)}, {self.size} pixels".encode())
-            digest.update(file_hashes(split.source.files).encode())
+            digest.update(split.source.content.digest.encode())
+        self._check_copies()
         return digest.hexdigest()
+
+    def _check_copies(self) -> None:
+        train, test = (
+            (part.source.content.images[rows], part.source.content.labels[rows])
+            for part in (self.train, self.test)
+            for rows in (slice(part.chosen.start, part.chosen.stop),)
+        )
+        again, elsewhere = copies(*train)
+        if again:
+            warnings.warn(
+                f"{again} of {len(self.train)} training photographs of {self.name} are copies of others, "
+                f"{elsewhere} of them under another class: the guarantee is for one photograph, so that for "
+                "somebody with k copies it is the weaker one of a group of k; remove the copies",
+                stacklevel=3,
+            )
+        shared = int(np.isin(test[0], train[0]).sum())
+        if shared and not self.allow_overlap:
+            raise DataError(
+                f"photographs to report on must not be among those to train on, got {shared} of "
+                f"{len(self.test)} of {self.name} that are copies, to the byte; remove them from train, or "
+                "load with allow_overlap=True"
+            )
+
+
+def _probe(name: str, which: str, split: Photographs) -> None:
+    """Tries to read photographs spread over a split, until one can be read.
+
+    Raises:
+      DataError: none of them can be read.
+    """
+    reasons = []
+    for index in np.linspace(0, len(split) - 1, min(PROBES, len(split)), dtype=np.int32):
+        unreadable = split.read(np.array([index]), np.ones(1, bool)).unreadable
+        if not unreadable:
+            return
+        reasons.append(unreadable[0][1])
+    raise DataError(
+        f"photographs must be readable, but of the {which} split of {name} none of {len(reasons)} that were "
+        f"tried can be read: {'; '.join(reasons[:3])}"
+    )
 
 
 def load(
-    name: str, size: int, *, data_dir=None, validation: int = 0, note: str = "", workers: int = 0
+    name: str,
+    size: int,
+    *,
+    data_dir=None,
+    validation: int = 0,
+    note: str = "",
+    workers: int = 0,
+    allow_overlap: bool = False,
 ) -> Dataset:
-    """Opens a data set of photographs; nothing but the list of them is read yet.
+    """Opens a data set of photographs; nothing but the list of them, and one or a few of them, is read yet.
+
+    Hidden files and folders are left out. What else is not read is named in a warning: photographs that lie
+    in no folder of a class, files without a suffix of `SUFFIXES`, pipes, and links that lead nowhere.
 
     Args:
       name: a TFDS data set below `data_dir` prepared as array_record, such as "imagenet2012" or
@@ -213,21 +285,25 @@ def load(
       size: side of a view in pixels.
       data_dir: directory of TFDS, or of the folder; None for TFDS's default, and for the current directory.
       validation: how many training photographs to hold out, the last ones, and to report on instead.
-      note: a caveat about the data, for their records.
-      workers: processes that decode; 0 for threads.
+      note: a caveat about the data, for their records, beside what this function says there itself.
+      workers: processes that decode; 0 for threads, see `Photographs`.
+      allow_overlap: whether photographs to report on may be among those to train on; the note then says so.
     Raises:
-      DataError: there is no such data set or no split to report on, or it has no random access.
+      DataError: there is no such data set or no split to report on, it has no random access, or its
+        photographs cannot be read.
     """
     folder = pathlib.Path(data_dir or ".").expanduser() / name
     if (folder / "train").is_dir():
         (train, test), classes = _folders(folder)
+        notes = [TURNED]
     else:
         try:
             (train, test), classes = _tfds(name, data_dir)
+            notes = [NOT_TURNED]
         except DataError as error:
             raise DataError(
-                f"photographs are read from TFDS or from {folder}/train/CLASS/IMAGE, and there is no such folder; "
-                f"nor in TFDS: {error}"
+                f"photographs are read from TFDS or from {folder}/train/CLASS/IMAGE, and there is no such "
+                f"folder; nor in TFDS: {error}"
             ) from error
     n = len(train)
     if validation and not 0 < validation < n:
@@ -236,35 +312,47 @@ def load(
     reported = (
         split(train, chosen=range(n - validation, n)) if validation else split(test, chosen=range(len(test)))
     )
+    notes = [own for own in notes + [OVERLAP] * allow_overlap if own not in note] + [note] * bool(note)
+    train = split(train, chosen=range(n - validation))
     return PhotographDataset(
-        name, split(train, chosen=range(n - validation)), reported, classes, note, size=size
+        name, train, reported, classes, "; ".join(notes), size=size, allow_overlap=allow_overlap
     )
 
 
 def _folders(folder: pathlib.Path):
-    classes = class_folders(folder / "train")
+    classes, beside = class_folders(folder / "train")
     name = reported_split([s for s in FOLDER_SPLITS if (folder / s).is_dir()], FOLDER_SPLITS)
     if name is None:
         raise DataError(f"{folder} needs a folder val (or validation, test) beside train to report on")
     report = folder / name
-    unknown = {*class_folders(report)} - {*classes}
+    tested, beside_tested = class_folders(report)
+    unknown = {*tested} - {*classes}
     if unknown:
         raise DataError(f"classes of {report} must be those of train, got also {sorted(unknown)[:3]}")
     sources = FolderSource(folder / "train", classes), FolderSource(report, classes)
     for source, what in zip(sources, ("learnt", "tested"), strict=True):
-        empty = sorted({*classes} - {p.parent.name for p in source.files})
+        found = np.bincount(source.listed.labels, minlength=len(classes))
+        empty = [classes[label] for label in np.flatnonzero(found == 0)]
         if empty:
-            warnings.warn(
-                f"{len(empty)} classes are not {what}: {source.root} has no photograph of {empty[:3]}",
-                stacklevel=4,
-            )
-    others = [path.name for source in sources for path in source.listed[1]]
-    if others:
-        warnings.warn(
-            f"{len(others)} files below {folder} are not read, such as {others[0]}; photographs end in {', '.join(SUFFIXES)}",
-            stacklevel=4,
-        )
+            _warn(f"{len(empty)} classes are not {what}: {source.root} has no photograph of {empty[:3]}")
+    beside = [f"train/{entry}" for entry in beside] + [f"{name}/{entry}" for entry in beside_tested]
+    others, special = (
+        [f"{source.root.name}/{path}" for source in sources for path in getattr(source.listed, field)]
+        for field in ("others", "special")
+    )
+    for left_out, why in (
+        (beside, "they are no folders of a class, and photographs lie in one"),
+        (others, f"photographs end in {', '.join(SUFFIXES)}"),
+        (special, "they are no regular files (pipes, devices, folders, links that lead nowhere)"),
+    ):
+        if left_out:
+            example = printable(left_out[0])
+            _warn(f"{len(left_out)} files below {folder} are not read, such as {example}: {why}")
     return sources, classes
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=5)  # at the caller of `dpnb.data.load`
 
 
 def _tfds(name: str, data_dir):
@@ -277,4 +365,8 @@ def _tfds(name: str, data_dir):
             f"{list(builder.info.features)} and {list(builder.info.splits)}"
         )
     sources = tuple(TfdsSource(str(builder.data_path), s) for s in ("train", report))
+    if not all(source.files for source in sources):
+        raise DataError(
+            f"{name} needs files of its splits train and {report} in {builder.data_path}, got none"
+        )
     return sources, tuple(builder.info.features["label"].names)

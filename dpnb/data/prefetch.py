@@ -2,6 +2,7 @@
 
 import bisect
 import functools
+import multiprocessing.connection
 import os
 import threading
 
@@ -15,6 +16,22 @@ READ_AHEAD = 2**31  # bytes of decoded photographs at most, two batches at least
 def cores() -> int:
     """Returns the number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def end_with_parent(index: int = 0, workers: int = 1) -> None:
+    """Makes this worker process end when the one that started it does, however that ends.
+
+    Else it would wait for ever, and keep the memory that both share.
+
+    Args:
+      index, workers: which of how many it is, unused; Grain passes them.
+    """
+
+    def wait() -> None:
+        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class GivenBatches:

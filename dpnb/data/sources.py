@@ -1,36 +1,69 @@
 """Encoded images on disk by number: a folder per class, or one split of a TFDS data set."""
 
-import contextlib
+import array
 import dataclasses
 import functools
 import hashlib
-import io
-import itertools
-import json
 import os
 import pathlib
 import warnings
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from dpnb.data.dataset import DataError
+from dpnb.data.hashes import hash_files
 from dpnb.data.tfds import tfds_or_error
-from dpnb.files import write_atomic
 
-HASHES = "dpnb/hashes"  # below the user's cache directory: hashes of files, by size and time of change
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 UNREADABLE = -1  # the label of an image that could not be read; its gradient is zero
 
 
 class Source(Protocol):
-    """Encoded images by number; `files` are all the files that their content comes from."""
+    """Encoded images by number.
 
-    files: list[pathlib.Path]
+    upright: whether they are to be turned as their EXIF orientation says.
+    content: the hashes of everything that they come from.
+    """
+
+    upright: bool
+
+    @property
+    def content(self) -> "Content":
+        """The hashes of names and contents of all files, and of each image."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> tuple[bytes, int, str]:
         """Returns (encoded image, label, name)."""
+
+
+class Content(NamedTuple):
+    """What a source holds, for comparison.
+
+    digest: SHA-256 in hexadecimal over names and contents of all files.
+    images: SHA-256 of each image, bytes [n], in the source's order; empty if images share files.
+    labels: int32 [n], beside them.
+    """
+
+    digest: str
+    images: np.ndarray
+    labels: np.ndarray
+
+
+class Listing(NamedTuple):
+    """The photographs below a folder, in order, and what is not read.
+
+    names: of each file, without its folder.
+    labels: int32 [n], positions of their classes.
+    others: CLASS/NAME of what has another suffix; hidden files are nowhere.
+    special: CLASS/NAME of what is no regular file: pipes, devices, folders, links that lead nowhere.
+    """
+
+    names: list[str]
+    labels: np.ndarray
+    others: list[str]
+    special: list[str]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,38 +76,74 @@ class FolderSource:
     root: pathlib.Path
     classes: tuple[str, ...]
 
-    @functools.cached_property
-    def listed(self) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
-        """(photographs in that order, all other files in the classes' folders that are not hidden)."""
-        photographs, others = [], []
-        for folder in (self.root / name for name in self.classes):
-            for path in folder.iterdir() if folder.is_dir() else ():
-                if path.suffix.lower() in SUFFIXES:
-                    photographs.append(path)
-                elif path.name[0] != ".":
-                    others.append(path)
-        photographs.sort(key=lambda p: hashlib.sha256(f"{p.parent.name}/{p.name}".encode()).digest())
-        return photographs, others
+    upright = True
 
-    @property
-    def files(self) -> list[pathlib.Path]:
-        """The photographs, in order."""
-        return self.listed[0]
+    @functools.cached_property
+    def listed(self) -> Listing:
+        """The photographs in that order, and what else the folders of the classes hold."""
+        names, labels, others, special, keys = [], array.array("i"), [], [], bytearray()
+        for label, folder in enumerate(self.classes):
+            path = os.path.join(self.root, folder)
+            if not os.path.isdir(path):
+                continue
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    name = entry.name
+                    if name[0] == ".":
+                        continue
+                    if not name.lower().endswith(SUFFIXES):
+                        others.append(f"{folder}/{name}")
+                    elif not entry.is_file():
+                        special.append(f"{folder}/{name}")
+                    else:
+                        names.append(name)
+                        labels.append(label)
+                        keys += hashlib.sha256(os.fsencode(f"{folder}/{name}")).digest()
+        order = np.frombuffer(keys, "S32").argsort(kind="stable")
+        labels = np.array(labels, np.int32)[order]
+        return Listing([names[row] for row in order], labels, sorted(others), sorted(special))
+
+    @functools.cached_property
+    def content(self) -> Content:
+        """See `Source`; computed once."""
+        positions, folders = [], []
+        by_class = np.argsort(self.listed.labels, kind="stable")
+        parts = np.split(
+            by_class, np.cumsum(np.bincount(self.listed.labels, minlength=len(self.classes)))[:-1]
+        )
+        for folder, part in sorted(zip(self.classes, parts, strict=True)):
+            here = sorted(part.tolist(), key=self.listed.names.__getitem__)
+            positions.append(np.array(here, np.int64))
+            folders.append((os.path.join(self.root, folder), [self.listed.names[row] for row in here]))
+        digest, sorted_hashes = hash_files(pair for pair in folders if pair[1])
+        hashes = np.empty_like(sorted_hashes)
+        hashes[np.concatenate(positions)] = sorted_hashes
+        return Content(digest, hashes, self.listed.labels)
+
+    def __getstate__(self) -> dict:  # worker processes need no hashes
+        return {name: value for name, value in self.__dict__.items() if name != "content"}
+
+    def name(self, index: int) -> str:
+        """Returns CLASS/NAME of a photograph."""
+        return f"{self.classes[self.listed.labels[index]]}/{self.listed.names[index]}"
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.listed.names)
 
     def __getitem__(self, index: int) -> tuple[bytes, int, str]:
-        path = self.files[index]
-        return path.read_bytes(), self.classes.index(path.parent.name), f"{path.parent.name}/{path.name}"
+        name = self.name(index)
+        with open(os.path.join(self.root, name), "rb") as file:
+            return file.read(), int(self.listed.labels[index]), printable(name)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TfdsSource:
-    """One split of a prepared TFDS data set, with its images left encoded."""
+    """One split of a prepared TFDS data set, its images left encoded; they are not turned, as is usual."""
 
     directory: str
     split: str
+
+    upright = False
 
     @functools.cached_property
     def source(self):
@@ -83,10 +152,16 @@ class TfdsSource:
         builder = tfds.builder_from_directory(self.directory)
         return builder.as_data_source(self.split, decoders={"image": tfds.decode.SkipDecoding()})
 
-    @functools.cached_property
+    @property
     def files(self) -> list[pathlib.Path]:
         """The files of the split, sorted by name."""
         return sorted(p for p in pathlib.Path(self.directory).glob(f"*-{self.split}.*") if p.is_file())
+
+    @functools.cached_property
+    def content(self) -> Content:
+        """See `Source`; computed once."""
+        digest, _ = hash_files([(self.directory, [file.name for file in self.files])])
+        return Content(digest, np.empty(0, "S32"), np.empty(0, np.int32))
 
     def __reduce__(self):  # worker processes open it anew
         return type(self), (self.directory, self.split)
@@ -100,17 +175,13 @@ class TfdsSource:
         return row["image"], int(row["label"]), name.decode() if isinstance(name, bytes) else str(name)
 
 
-def decode(encoded: bytes, size: int) -> np.ndarray:
-    """Resizes the largest centred square of an image to uint8 [size, size, 3] (bicubic, antialiased)."""
-    from PIL import Image
+def printable(name: str) -> str:
+    r"""Returns a file's name with bytes that are not UTF-8 written as \\udc80 to \\udcff.
 
-    with Image.open(io.BytesIO(encoded)) as image:
-        image = image.convert("RGB")
-        side = min(image.size)
-        left, top = ((length - side) // 2 for length in image.size)
-        # Crop first: resizing a box would look beyond its edges.
-        square = image.crop((left, top, left + side, top + side))
-        return np.asarray(square.resize((size, size), Image.Resampling.BICUBIC))
+    >>> printable("caf\udce9.jpg")
+    'caf\\udce9.jpg'
+    """
+    return name.encode(errors="backslashreplace").decode()
 
 
 def name_unreadable(unreadable, named: set[int] | None = None) -> None:
@@ -120,41 +191,29 @@ def name_unreadable(unreadable, named: set[int] | None = None) -> None:
         if index not in named:
             named.add(index)
             warnings.warn(
-                f"image {index} cannot be read and counts as a zero gradient (in evaluation as wrong): {reason}",
+                f"image {index} cannot be read and counts as a zero gradient (in evaluation as wrong): "
+                f"{reason}",
                 stacklevel=3,
             )
 
 
-def file_hashes(files: list[pathlib.Path]) -> str:
-    """Returns one SHA-256 (hex) over names and contents of the files, in sorted order.
+def class_folders(folder: pathlib.Path) -> tuple[tuple[str, ...], list[str]]:
+    """Lists the folders in `folder` that are not hidden: its classes.
 
-    The hash of a file is cached in the user's cache directory, by its size, inode and times of change.
+    Returns:
+      (their names, sorted; names of all else there that is not hidden, such as links that lead nowhere).
+    Raises:
+      DataError: a name is not UTF-8 and cannot be written into records.
     """
-    digest, kept = hashlib.sha256(), pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), HASHES)
-    files = sorted(files)
-    for directory, group in itertools.groupby(files, lambda path: path.parent):
-        place = hashlib.sha256(str(directory.absolute()).encode()).hexdigest()[:32]
-        memory = kept.expanduser() / f"{place}.json"
-        try:
-            known = json.loads(memory.read_text())
-        except (OSError, ValueError):
-            known = {}
-        before = len(known)
-        for path in group:
-            stat = path.stat()
-            key = f"{path.name} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
-            if key not in known:
-                with open(path, "rb") as file:
-                    known[key] = hashlib.file_digest(file, "sha256").hexdigest()
-            digest.update(f"{directory.name}/{path.name} {known[key]}\n".encode())
-        if len(known) == before:
-            continue
-        with contextlib.suppress(OSError):  # another process writes the same, or the cache is read-only
-            memory.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(memory, json.dumps(known))
-    return digest.hexdigest()
-
-
-def class_folders(folder: pathlib.Path) -> tuple[str, ...]:
-    """Returns the names of the folders in `folder` that are not hidden, sorted: its classes."""
-    return tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")))
+    classes, others = [], []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name[0] != ".":
+                (classes if entry.is_dir() else others).append(entry.name)
+    strange = [name for name in classes if printable(name) != name]
+    if strange:
+        raise DataError(
+            f"names of classes must be UTF-8, as records state them, got {printable(strange[0])} in "
+            f"{folder}; rename it"
+        )
+    return tuple(sorted(classes)), sorted(others)

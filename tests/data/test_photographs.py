@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import io
 import os
-import pathlib
 import time
 
 import jax
@@ -36,7 +35,8 @@ class Coloured:
 
     n: int = 40
     broken: tuple[int, ...] = ()
-    files = (pathlib.Path(__file__),)
+    upright = True
+    content = sources.Content("", np.empty(0, "S32"), np.empty(0, np.int32))
 
     def __len__(self):
         return self.n
@@ -56,20 +56,6 @@ def folder(tmp_path_factory):
     """Digits as JPEG files in a folder of folders."""
     root = tmp_path_factory.mktemp("data") / "digits"
     return stand_ins.write_folders(data.load("digits"), root, side=40, limit=60)
-
-
-def test_decoding_takes_the_largest_centred_square():
-    pixels = np.zeros((30, 60, 3), np.uint8)
-    pixels[:, 15:45] = 200  # the square in the middle
-    assert (sources.decode(jpeg(pixels), 12) == 200).all()
-    assert (sources.decode(jpeg(pixels.transpose(1, 0, 2)), 12) == 200).all()
-
-
-def test_greyscale_palette_and_transparent_images_become_three_colours():
-    for mode in ("L", "P", "RGBA", "CMYK"):
-        file = io.BytesIO()
-        Image.new(mode, (9, 9)).save(file, format="TIFF")
-        assert sources.decode(file.getvalue(), 4).shape == (4, 4, 3)
 
 
 def test_views_are_all_squares_inside_the_enlarged_photograph():
@@ -349,7 +335,7 @@ def test_folders_say_what_is_missing_and_what_is_not_read(tmp_path):
         made = data.load("x", data_dir=tmp_path, image_size=16)
     said = "\n".join(str(w.message) for w in said)
     assert "are not tested: " in said and "val has no photograph of" in said and "'3'" in said
-    assert "1 files below" in said and "such as notes.txt; photographs end in .jpeg" in said
+    assert "1 files below" in said and "such as train/4/notes.txt: photographs end in .jpeg" in said
     assert len(made.train) == 12 and len(made.classes) == 10
     with pytest.raises(DataError, match="x/train is a folder: photographs are read with image_size"):
         data.load("x", data_dir=tmp_path)
