@@ -88,6 +88,15 @@ def bound() -> int:
     raise OSError(f"DPNB_CACHE_GIB must be a number of GiB, at least 0, got {text!r}")
 
 
+def active() -> bool:
+    """Whether entries are read and written: the bound is not 0, and we are not inside `unused`.
+
+    Raises:
+      OSError: see `bound`.
+    """
+    return not _unused and bound() > 0
+
+
 @contextlib.contextmanager
 def unused() -> Iterator[None]:
     """Neither reads nor writes the cache inside the block: what must prove something computes it."""
@@ -107,7 +116,7 @@ def get(kind: str, key: Mapping[str, Any]) -> Found | None:
       key: all that the content is made from, of JSON's kinds.
     """
     with _quietly():
-        if _unused or not bound():
+        if not active():
             return None
         place = _place(kind, key)
         try:
@@ -181,7 +190,7 @@ def filling(
     partial, arrays = None, None
     size = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in shapes.values())
     with _quietly():
-        if not _unused and bound():
+        if active():
             if size > bound():
                 raise OSError(
                     f"{what} takes {size / 2**30:.2g} GiB, and DPNB_CACHE_GIB is {bound() / 2**30:.3g}"

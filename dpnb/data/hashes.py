@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from dpnb import cache
 from dpnb.files import write_atomic
 
-HASHES = "dpnb/hashes"  # below the user's cache directory: hashes of files, by size and time of change
 READERS = 16  # threads that read files not hashed before: they wait for the disk most of the time
 SMALL = 2**20  # bytes of a file that is read as a whole
 CHUNK = 32  # files that a thread takes at a time
@@ -21,8 +21,7 @@ CHUNK = 32  # files that a thread takes at a time
 def hash_files(folders: Iterable[tuple[str, list[str]]]) -> tuple[str, np.ndarray]:
     """Hashes all files of some folders.
 
-    The hash of a file is cached in the user's cache directory, for the user alone, by its size, inode and
-    times of change.
+    The hash of a file is cached (`dpnb.cache`), for the user alone, by its size, inode and times of change.
 
     Args:
       folders: path of each folder and the sorted names of its files, in the order of the folders' paths.
@@ -42,11 +41,8 @@ def hash_files(folders: Iterable[tuple[str, list[str]]]) -> tuple[str, np.ndarra
 def _hash_folder(folder: str, names: list[str], pool: ThreadPoolExecutor) -> list[str]:
     """Returns SHA-256 (hex) of the content of each file, from the cache where it is known."""
     place = hashlib.sha256(os.fsencode(os.path.abspath(folder))).hexdigest()[:32]
-    memory = _cache_folder() / f"{place}.json"
-    try:
-        known = json.loads(memory.read_text())
-    except (OSError, ValueError):
-        known = {}
+    memory = _memory(f"{place}.json")
+    known = _read(memory)
     at = os.open(folder, os.O_RDONLY)  # names below it are found faster than whole paths
     try:
         keys = [_key(name, at) for name in names]
@@ -60,7 +56,7 @@ def _hash_folder(folder: str, names: list[str], pool: ThreadPoolExecutor) -> lis
             known.update(part)
     finally:
         os.close(at)
-    if missing:
+    if missing and memory:
         with contextlib.suppress(OSError):  # another process writes the same, or the cache is read-only
             write_atomic(memory, json.dumps(known), mode=0o600)
     return [known[key] for key in keys]
@@ -78,13 +74,27 @@ def _content(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _cache_folder() -> pathlib.Path:
-    """Returns the folder of the hashes, which nobody but the user may enter: they tell names and contents."""
-    folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), HASHES).expanduser()
+def _memory(name: str) -> pathlib.Path | None:
+    """Returns a file of the cache, in a folder that nobody but the user may enter: hashes tell names and contents.
+
+    It is None if nothing is to be kept or can be.
+    """
     with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        folder.chmod(0o700)
-    return folder
+        if cache.active():
+            folder = cache.folder() / "hashes"
+            folder.mkdir(parents=True, exist_ok=True)
+            folder.chmod(0o700)
+            return folder / name
+    return None
+
+
+def _read(memory: pathlib.Path | None) -> dict[str, str]:
+    """Returns the hashes in a file of the cache; {} if there is none, or it is damaged."""
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads(memory.read_text()) if memory else {}
+        if isinstance(known, dict) and all(isinstance(x, str) and len(x) == 64 for x in known.values()):
+            return known
+    return {}
 
 
 def copies(hashes: np.ndarray, labels: np.ndarray) -> tuple[int, int]:

@@ -13,7 +13,7 @@ import optax
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from dpnb import data
+from dpnb import cache, data
 from dpnb.data import Recipe
 from dpnb.data.augment import plain
 from dpnb.data.dataset import padded_batches
@@ -48,6 +48,7 @@ class Report:
     lines: list[str]
 
 
+@cache.unused()  # what is verified is computed
 def verify(directory: str | pathlib.Path, *, data_dir=None, data_file=None) -> Report:
     """Rebuilds what `directory/result.json` says from hyper-parameters, data and weights, and compares.
 

@@ -173,10 +173,9 @@ def test_a_copy_may_not_be_held_out_either(root):
         assert load(root, validation=1).fingerprint
 
 
-def test_hashes_are_for_the_user_alone(root, tmp_path, monkeypatch):
+def test_hashes_are_for_the_user_alone(root, disk_cache):
     """Also where an earlier version left an open folder."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folder = tmp_path / "cache" / hashes.HASHES
+    folder = disk_cache / "hashes"
     folder.mkdir(parents=True)
     folder.chmod(0o755)
     assert load(root).fingerprint
@@ -185,7 +184,15 @@ def test_hashes_are_for_the_user_alone(root, tmp_path, monkeypatch):
     assert modes == {0o600} and len(list(folder.iterdir())) == 4
 
 
-def test_files_are_hashed_once_and_looked_at_once_for_each_list(root, monkeypatch):
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"a.png 1": 3}'])
+def test_damaged_hashes_are_made_again(root, disk_cache, damage):
+    want = load(root).fingerprint
+    for file in (disk_cache / "hashes").iterdir():
+        file.write_text(damage)
+    assert load(root).fingerprint == want
+
+
+def test_files_are_hashed_once_and_looked_at_once_for_each_list(root, disk_cache, monkeypatch):
     """By what is opened and asked for, not by the clock."""
     opened, asked = [], []
     content, key = hashes._content, hashes._key
