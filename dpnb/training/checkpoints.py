@@ -75,6 +75,8 @@ class Checkpoints:
         extra = self.manager.restore(step, args=ocp.args.Composite(extra=ocp.args.JsonRestore())).extra
         if extra["fingerprint"] != self.fingerprint:
             return extra, None
+        if not isinstance(extra["notes"], dict):
+            raise ValueError("its notes must be a JSON object")
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         return extra, self.manager.restore(step, args=args).state
