@@ -16,7 +16,7 @@ from dpnb.data.dataset import (
     Split,
     reported_split,
 )
-from dpnb.data.tfds import command, prepared
+from dpnb.data.tfds import damaged, prepared
 from dpnb.files import atomic_file
 
 
@@ -161,10 +161,7 @@ def _load_tfds(name: str, data_dir) -> Dataset:
     except ImportError as error:
         raise DataError(f"reading {where} needs array_record and Pillow ({error}); run: {INSTALL}") from error
     except Exception as error:  # TFDS, array_record and Pillow each raise their own
-        raise DataError(
-            f"{where} is damaged ({type(error).__name__}: {error}); delete that directory, then run: "
-            f"{command(name, data_dir)}"
-        ) from error
+        raise damaged(where, f"{type(error).__name__}: {error}", name, data_dir) from error
     classes = tuple(builder.info.features["label"].names)
     if name == "cifar10" and classes == tuple(map(str, range(10))):  # prepared without its names
         classes = CIFAR10_CLASSES
