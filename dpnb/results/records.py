@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # reading records needs no JAX
     from dpnb.training import Run
 
 
+LARGEST = 2**256  # of whole numbers: a seed
 _NUMBER = (int, float, type(None))
 # What every record has, a released one included, by the types of its values.
 SHAPE = {
@@ -56,7 +57,10 @@ def read_record(path: pathlib.Path, shape: Mapping[str, Any] = SHAPE) -> dict[st
 def _misshapen(value: Any, shape: Any, name: str = "it") -> str:
     """Says what of a value has another type than `shape` wants, "" if nothing."""
     if not isinstance(shape, dict):
-        return "" if isinstance(value, shape) else f"{name} is {type(value).__name__}"
+        if not isinstance(value, shape):
+            return f"{name} is {type(value).__name__}"
+        huge = isinstance(value, int) and abs(value) > LARGEST
+        return f"{name} is larger than any number in a record" if huge else ""
     if not isinstance(value, dict):
         return f"{name} is {type(value).__name__}"
     missing = next((f"{key} is missing" for key in shape if key not in value), "")

@@ -21,6 +21,9 @@ import time
 import numpy as np
 import pytest
 import shared_runs
+from broken import broken, deterministic, other_values
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dpnb import data
 from dpnb.data import DataError, Dataset, Split, __main__
@@ -518,6 +521,23 @@ def test_a_listing_that_is_not_of_its_files(letters, tmp_path, change, why):
         DataError, match=rf"{path.parent} is damaged \(.*{why}.*\); delete that directory, then run"
     ):
         data.load("letters", data_dir=tmp_path)
+
+
+@deterministic(max_examples=30)
+@given(st.data())
+def test_a_broken_listing_is_never_loaded_short(letters, drawn):
+    """Cut, with bits flipped, with other values: the whole data set, or a `DataError`."""
+    (path,) = letters.rglob("dataset_info.json")
+    whole = path.read_bytes()
+    text = other_values(json.loads(whole)).map(lambda info: json.dumps(info).encode())
+    try:
+        path.write_bytes(drawn.draw(broken(whole) | text))
+        found = data.load("letters", data_dir=letters)
+        assert (len(found.train), len(found.test)) == (6, 6)
+    except DataError:
+        pass
+    finally:
+        path.write_bytes(whole)
 
 
 def test_cifar_without_its_listing_is_damaged(server, tmp_path):
