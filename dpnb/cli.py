@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -10,15 +11,21 @@ import os
 import pathlib
 import sys
 import warnings
+from typing import Any
 
 import dpnb
 from dpnb import cache, experiments
 from dpnb.experiments import Experiment, cifar10, studies
-from dpnb.files import private_folder, write_atomic
+from dpnb.files import private_folder, writable_folder, write_atomic
 
 NOTEBOOKS = pathlib.Path(__file__).parents[1] / "notebooks"
 NOTEBOOK = "cifar10_from_scratch.ipynb"
-FIELDS = [f.name for f in dataclasses.fields(experiments.Experiment)]
+FIELDS = {f.name: f.type for f in dataclasses.fields(experiments.Experiment)}
+# Fields with an option of their own, which --set does not replace.
+OPTIONS = {
+    "name": "the first argument", "preset": "--preset", "seed": "--seed N, --seeds N or --secret-seed",
+    "data_note": "--data-note",
+}  # fmt: skip
 # By the first part of a name, or its first two; else NOTEBOOK.
 NOTEBOOKS_OF = {"pretrain": "pretrain_public.ipynb", "imagenet/scratch": "imagenet_from_scratch.ipynb"}
 FIGURES = {f"cifar10/{study}": notebook for study, notebook in studies.STUDIES.items()}
@@ -96,18 +103,39 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     run_command = {"list": list_, "run": run, "table": table, "verify": verify, "cache": cache_}
     try:
-        return run_command[options.command](options)
+        with left_out_in_one_line():
+            return run_command[options.command](options)
     except BrokenPipeError:  # `dpnb list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
         print(f"dpnb: {error}", file=sys.stderr)
     except (KeyError, TypeError, ValueError) as error:
-        print(f"dpnb: {error.args[0] if error.args else error}", file=sys.stderr)
+        print(f"dpnb: {error.args[0] if error.args else type(error).__name__}", file=sys.stderr)
     except KeyboardInterrupt:
         print("dpnb: stopped; the same command goes on where it stopped", file=sys.stderr)
         return 130
     return 2
+
+
+@contextlib.contextmanager
+def left_out_in_one_line():
+    """Prints every different warning `LeftOut`, that a record is in no table, once and as one line."""
+    from dpnb.results import LeftOut
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", LeftOut)
+        show, said = warnings.showwarning, set()
+
+        def once(message, category, *where):
+            if not issubclass(category, LeftOut):
+                show(message, category, *where)
+            elif str(message) not in said:
+                said.add(str(message))
+                print(f"dpnb: {message}", file=sys.stderr)
+
+        warnings.showwarning = once
+        yield
 
 
 def list_(options) -> int:
@@ -135,8 +163,11 @@ def _or(close: list[str]) -> str:
     return f"did you mean {' or '.join(close)}?" if close else "none is close"
 
 
-def changes(pairs: list[str]) -> dict:
-    """["steps=10", "sampler=shuffle"] as {"steps": 10, "sampler": "shuffle"}.
+def changes(pairs: list[str]) -> dict[str, Any]:
+    """["steps=10", "sampler=shuffle"] as {"steps": 10, "sampler": "shuffle"}; `Experiment` checks the values.
+
+    Raises:
+      ValueError: it is not KEY=VALUE, or the key is not for --set.
 
     >>> changes(["steps=10", "epsilon=inf", "sampler=shuffle"])
     {'steps': 10, 'epsilon': inf, 'sampler': 'shuffle'}
@@ -149,16 +180,27 @@ def changes(pairs: list[str]) -> dict:
         if key not in FIELDS:
             close = difflib.get_close_matches(key, FIELDS, 2)
             raise ValueError(f"no hyper-parameter {key!r}; {_or(close)} (all: {', '.join(FIELDS)})")
-        try:
-            made[key] = float(text) if text in ("inf", "-inf") else ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            made[key] = text
+        if key in OPTIONS:
+            raise ValueError(f"--set must leave {key} alone, got {pair!r}; it is {OPTIONS[key]}")
+        made[key] = _value(text, FIELDS[key])
     return made
+
+
+def _value(text: str, annotation: Any) -> Any:
+    """Reads the value of a field: a Python literal or inf; else, and for a field of text, it is the text."""
+    if text in ("inf", "-inf"):
+        return float(text)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of "1or", which is text
+            value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+    return value if annotation is not str or value is None or isinstance(value, str) else text
 
 
 def several(options) -> bool:
     """Is it more than one run that was asked for: seeds, or a pattern of names?"""
-    return bool(options.seeds) or any(c in options.name for c in "*?[")
+    return options.seeds is not None or any(c in options.name for c in "*?[")
 
 
 def run_sweep(options) -> int:
@@ -170,7 +212,8 @@ def run_sweep(options) -> int:
             "a sweep has published seeds, got --secret-seed; run one experiment at a time with it"
         )
     asked = changes(options.set)
-    plan = functools.partial(sweep.plan, options.name, options.preset, options.seeds or 1)
+    seeds = 1 if options.seeds is None else options.seeds
+    plan = functools.partial(sweep.plan, options.name, options.preset, seeds)
     todo, root = plan(data_note=options.data_note, **asked), options.out or pathlib.Path("runs")
     if options.preset == "smoke" and todo[0].image_size and not options.data_dir and "dataset" not in asked:
         from dpnb.data import stand_ins
@@ -186,6 +229,7 @@ def run_sweep(options) -> int:
     dataset, image_size = datasets.pop()
     if impossible := [e for e in todo if e.impossible and options.preset == "paper"]:
         raise ValueError(f"{impossible[0].name} cannot be run in public: {impossible[0].impossible}")
+    writable_folder(root)  # before hours are spent
     loaded = data.load(
         dataset, image_size=image_size, data_dir=options.data_dir or None, file=options.data_file or None,
         validation=todo[0].validation, note=options.data_note,
@@ -232,15 +276,16 @@ def run(options) -> int:
     import papermill
 
     # The executed notebook of a secret run shows training images; a copy without them comes beside the weights.
-    private = private_folder(out, e.seed is None)
+    private = private_folder(writable_folder(out), e.seed is None)
     executed, unfinished = private / notebook, private / f"unfinished-{notebook}"
     try:
         papermill.execute_notebook(
-            NOTEBOOKS / notebook, unfinished, parameters, cwd=out, log_output=False, progress_bar=False,
-            stdout_file=sys.stdout, stderr_file=sys.stderr, kernel_name="python3",
+            _braced(NOTEBOOKS / notebook), _braced(unfinished), parameters, cwd=_braced(out), log_output=False,
+            progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr, kernel_name="python3",
         )  # fmt: skip
-    except papermill.PapermillExecutionError as error:
-        print(f"dpnb: {options.name} failed: {error.ename}: {error.evalue}", file=sys.stderr)
+    except (papermill.PapermillExecutionError, RuntimeError) as error:  # a cell's error, or the kernel died
+        why = f"{error.ename}: {error.evalue}" if hasattr(error, "ename") else error
+        print(f"dpnb: {options.name} failed: {why}", file=sys.stderr)
         print(f"dpnb: the notebook up to there is {unfinished}")
         return 1
     unfinished.replace(executed)  # only now: a refused run leaves an earlier one's notebook alone
@@ -259,6 +304,11 @@ def run(options) -> int:
     return 0
 
 
+def _braced(path: pathlib.Path) -> str:
+    """Returns a path as papermill takes it, which formats it with the parameters: braces are doubled."""
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
 def table(options) -> int:
     """Prints a table of records, or puts it between the markers of a document."""
     from dpnb import results
@@ -268,14 +318,10 @@ def table(options) -> int:
         raise KeyError(f"no experiment matches {asked!r}; see `dpnb list`")
     if not pathlib.Path(options.results).is_dir():
         print(f"dpnb: no directory {options.results}, so no run of ours is in the table", file=sys.stderr)
-    with warnings.catch_warnings(record=True) as left_out:
-        warnings.simplefilter("always")
-        records = results.load(options.results)
-        frame = (results.table if isinstance(asked, str) else results.excerpt)(asked, records)
-    for why in dict.fromkeys(str(warning.message) for warning in left_out):
-        print(f"dpnb: {why}", file=sys.stderr)
+    records = results.load(options.results)
+    frame = (results.table if isinstance(asked, str) else results.excerpt)(asked, records)
     if options.write:
-        options.write.write_text(results.insert(options.write.read_text(), options.name, frame))
+        write_atomic(options.write, results.insert(options.write.read_text(), options.name, frame))
     else:
         print(results.markdown(frame) if options.markdown else frame.to_string(index=False))
     return 0

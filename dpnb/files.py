@@ -1,8 +1,10 @@
 """Small files that are written atomically, and the folder of what must not be published."""
 
 import contextlib
+import hashlib
 import os
 import pathlib
+import tempfile
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -29,7 +31,9 @@ def atomic_file(path: pathlib.Path, mode: int = 0o666) -> Iterator[BinaryIO]:
     Args:
       path, mode: as in `write_atomic`.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # one for each process that writes
+    partial = path.with_name(
+        f".{shortened(path.name)}.{os.getpid()}.partial"
+    )  # one for each process that writes
     partial.unlink(missing_ok=True)
     partial.touch(mode=mode)
     try:
@@ -41,6 +45,42 @@ def atomic_file(path: pathlib.Path, mode: int = 0o666) -> Iterator[BinaryIO]:
     finally:
         partial.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+LONGEST = 255  # bytes of one name on nearly every file system
+OF_A_FOLDER = 143  # bytes that also fit encrypted ones (eCryptfs)
+
+
+def shortened(name: str) -> str:
+    """Returns the name of a folder, cut if it is too long for a file system, with a hash in place of the rest.
+
+    >>> shortened("teach-seed0"), len(shortened("teach-seed0" + "-learning_rate=1.0" * 20))
+    ('teach-seed0', 143)
+    """
+    encoded = os.fsencode(name)
+    if len(encoded) <= OF_A_FOLDER:
+        return name
+    ending = "-" + hashlib.sha256(encoded).hexdigest()[:16]
+    return encoded[: OF_A_FOLDER - len(ending)].decode(errors="ignore") + ending
+
+
+def writable_folder(path: pathlib.Path) -> pathlib.Path:
+    """Returns the folder, which is made if missing, after a file was written to it and removed.
+
+    Raises:
+      ValueError: a name in the path is too long for a file system.
+      OSError: it cannot be made or written.
+    """
+    for name in path.parts:
+        if len(os.fsencode(name)) > LONGEST:
+            raise ValueError(
+                f"the name of a folder must have at most {LONGEST} bytes, got {len(os.fsencode(name))}: "
+                f"{name[:40]} ...; choose a shorter one"
+            )
+    path.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path) as file:
+        file.write(b"written")
+    return path
 
 
 def sync_folder(folder: pathlib.Path) -> None:

@@ -1,5 +1,6 @@
 """Runs many experiments one after another: finished ones are skipped, failures are listed at the end."""
 
+import contextlib
 import dataclasses
 import pathlib
 import traceback
@@ -10,6 +11,7 @@ import jax
 from dpnb import experiments, results, training
 from dpnb.data import Dataset
 from dpnb.experiments import Experiment, field_names
+from dpnb.files import shortened
 from dpnb.models import weights
 from dpnb.results import release
 from dpnb.training import cost, features
@@ -90,7 +92,10 @@ def plan(pattern: str, preset: str, seeds: int = 1, **changes) -> list[Experimen
 
 
 def directory(root: str | pathlib.Path, e: Experiment) -> pathlib.Path:
-    """Returns the directory of one run: ROOT/NAME/PRESET-seedSEED, and what differs from the registry."""
+    """Returns the directory of one run: ROOT/NAME/PRESET-seedSEED, and what differs from the registry.
+
+    A name that is too long for a file system ends in a hash of the whole.
+    """
     known = (
         experiments.get(e.name, e.preset).identity_fields()
         if e.name in experiments.names()
@@ -99,7 +104,7 @@ def directory(root: str | pathlib.Path, e: Experiment) -> pathlib.Path:
     changed = {key: value for key, value in sorted(e.identity_fields().items()) if value != known[key]}
     which = "secret" if e.seed is None else f"seed{e.seed}"
     name = "-".join([e.preset, which, *(f"{key}={value}" for key, value in changed.items())])
-    return pathlib.Path(root) / e.name / name.replace("/", "_")
+    return pathlib.Path(root) / e.name / shortened(name.replace("/", "_"))
 
 
 def finished(e: Experiment, data: Dataset, records: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -190,10 +195,11 @@ def run(todo: list[Experiment], data: Dataset, root: str | pathlib.Path, say=pri
             say(f"    EMA {done[e]['accuracy']['ema']:.2f} %, {trained.seconds / 60:.1f} minutes")
         except Exception as error:  # the other cells are still worth running
             failures[label] = f"{type(error).__name__}: {error}"
-            place = directory(root, e) / ("private" if e.seed is None else "")
-            place.mkdir(mode=0o700 if e.seed is None else 0o777, parents=True, exist_ok=True)
-            (place / "failure.txt").write_text(traceback.format_exc())
             say(f"    failed: {failures[label]}")
+            with contextlib.suppress(OSError):  # it may be the disk that is full
+                place = directory(root, e) / ("private" if e.seed is None else "")
+                place.mkdir(mode=0o700 if e.seed is None else 0o777, parents=True, exist_ok=True)
+                (place / "failure.txt").write_text(traceback.format_exc())
     for label, why in failures.items():
         say(f"failed: {label}: {why}")
     return Sweep([r for r in done.values() if r is not None], failures)

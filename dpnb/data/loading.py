@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-import zipfile
 
 import numpy as np
 
@@ -17,7 +16,7 @@ from dpnb.data.dataset import (
     Split,
     reported_split,
 )
-from dpnb.data.tfds import command, prepared
+from dpnb.data.tfds import damaged, prepared
 from dpnb.files import atomic_file
 
 
@@ -96,7 +95,7 @@ def _load_file(name: str, path: pathlib.Path) -> Dataset:
         raise DataError(f"there is no array file {path}; copy it there or write it with: {export}") from None
     except DataError:
         raise
-    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+    except Exception as error:  # NumPy, zipfile, zlib and tokenize each raise their own
         raise DataError(
             f"{path} is not a readable .npz array file ({error}); write it with: {export}"
         ) from error
@@ -162,10 +161,7 @@ def _load_tfds(name: str, data_dir) -> Dataset:
     except ImportError as error:
         raise DataError(f"reading {where} needs array_record and Pillow ({error}); run: {INSTALL}") from error
     except Exception as error:  # TFDS, array_record and Pillow each raise their own
-        raise DataError(
-            f"{where} is damaged ({type(error).__name__}: {error}); delete that directory, then run: "
-            f"{command(name, data_dir)}"
-        ) from error
+        raise damaged(where, f"{type(error).__name__}: {error}", name, data_dir) from error
     classes = tuple(builder.info.features["label"].names)
     if name == "cifar10" and classes == tuple(map(str, range(10))):  # prepared without its names
         classes = CIFAR10_CLASSES

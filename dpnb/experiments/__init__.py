@@ -4,11 +4,10 @@ import difflib
 import fnmatch
 
 from dpnb.experiments import cifar10, digits, finetuning, imagenet, pretraining, studies
-from dpnb.experiments.experiment import GROUPS, Experiment, describe_fields, field_names
+from dpnb.experiments.experiment import GROUPS, PRESETS, Experiment, describe_fields, field_names
 
 __all__ = ["GROUPS", "PRESETS", "Experiment", "describe_fields", "field_names", "get", "names"]
 
-PRESETS = ("smoke", "teach", "colab", "paper")
 _FAMILIES = (cifar10, studies, pretraining, finetuning, imagenet, digits)
 # The changes that a preset makes to an experiment, by the module that registers it.
 _PRESET_OVERRIDES = {e.name: family.preset_overrides for family in _FAMILIES for e in family.TABLE}

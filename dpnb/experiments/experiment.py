@@ -6,12 +6,16 @@ import json
 import math
 import re
 import textwrap
+from collections.abc import Container
 from typing import Any
 
+from dpnb.experiments.values import INT32, Range, canonical
 from dpnb.models import NETWORKS
 from dpnb.models.registry import find_network
-from dpnb.privacy import ACCOUNTANTS, DEFAULT_ACCOUNTANT, SAMPLERS, SMALLEST_CLIP_NORM, Mechanism
+from dpnb.privacy import ACCOUNTANTS, DEFAULT_ACCOUNTANT, SAMPLERS, Mechanism
+from dpnb.privacy.mechanism import LARGEST_CLIP_NORM, SMALLEST_CLIP_NORM
 
+PRESETS = ("smoke", "teach", "colab", "paper")
 FORMS = ("auto", "materialised", "two-pass")  # of the clipped gradient, see `dpnb.gradients.clipping`
 SCHEDULES = ("constant", "cosine")
 
@@ -34,16 +38,29 @@ GROUPS = {
 }
 
 
-def _field(group: str, about: str, default: Any = dataclasses.MISSING, *, since: int = 0) -> Any:
-    """A field of `Experiment`.
+def _field(
+    group: str,
+    about: str,
+    default: Any = dataclasses.MISSING,
+    *,
+    allowed: Container | None = None,
+    since: int = 0,
+) -> Any:
+    """A field of `Experiment`; its annotation says of which type its values are, see `values.canonical`.
 
     Args:
       group: one of `GROUPS`, which decides whether it is part of the experiment's identity.
       about: what it is, for documentation and the help of `dpnb run --set`.
+      allowed: a `Range` of numbers, or the texts that there are; None for any.
       since: 0 for the fields of the first records. Every field that is added afterwards takes the next number;
         at its default it leaves all fingerprints as they were.
     """
-    return dataclasses.field(default=default, metadata=dict(group=group, about=about, since=since))
+    metadata = dict(group=group, about=about, allowed=allowed, since=since)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+COUNT, COUNT_OR_0 = Range(1, INT32), Range(0, INT32)
+PERCENT = Range(0, 100)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,12 +78,15 @@ class Experiment:
         '"cifar10", "cifar100", "digits", what an array file holds, or with image_size any set of photographs',
         "cifar10",
     )
-    network: str = _field("model", "a name in `dpnb.models.NETWORKS`", "wrn")
-    depth: int = _field("model", "of a Wide-ResNet or NF-ResNet", 16)
-    width: float = _field(
-        "model", "of a Wide-ResNet; else a multiple of the published one (0.25 is narrow)", 4
+    network: str = _field("model", "a name in `dpnb.models.NETWORKS`", "wrn", allowed=NETWORKS)
+    depth: int = _field("model", "of a Wide-ResNet or NF-ResNet", 16, allowed=Range(0, 1000))
+    width: int | float = _field(
+        "model",
+        "of a Wide-ResNet; else a multiple of the published one (0.25 is narrow)",
+        4,
+        allowed=Range(0, 1000, "(]"),
     )
-    norm: str = _field("model", '"group" (16 groups) or "none"', "group")
+    norm: str = _field("model", '"group" (16 groups) or "none"', "group", allowed=("group", "none"))
     standardised: bool = _field("model", "weight standardisation of all convolutions", True)
     relu_first: bool = _field(
         "model", "ReLU before the norm, as in the paper; False is the classic order", True
@@ -90,48 +110,87 @@ class Experiment:
         "0 for small images in memory as they are; S for photographs on disk: squares resized to 1.2 S, views of "
         "S x S pixels (paper: 224)",
         0,
+        allowed=Range(0, 4096),
         since=3,
     )
-    epsilon: float | None = _field("privacy", "of the budget, under add-or-remove-one; inf for none", 8.0)
-    delta: float = _field("privacy", "of the budget; well below one in the number of training images", 1e-5)
-    noise_multiplier: float | None = _field("privacy", "sigma, noise standard deviation / sensitivity", None)
-    steps: int | None = _field("privacy", "T, number of updates", 1000)
-    expected_batch_size: int = _field("privacy", "B; every example enters with probability q = B / N", 4096)
-    augmult: int = _field("learning", "K, augmented views per example; 0 is the plain image", 16)
-    clip_norm: float = _field(
-        "privacy", "C; the update is divided by C, so that learning_rate does not depend on it", 1.0
+    epsilon: float | None = _field(
+        "privacy",
+        "of the budget, under add-or-remove-one; inf for none",
+        8.0,
+        allowed=Range(0, 1000, "(]", infinite=True),
     )
-    learning_rate: float = _field("learning", "of SGD", 2.0)
-    momentum: float = _field("learning", "of SGD; the paper uses none", 0.0)
+    delta: float = _field(
+        "privacy",
+        "of the budget; well below one in the number of training images",
+        1e-5,
+        allowed=Range(0, 1, "()"),
+    )
+    noise_multiplier: float | None = _field(
+        "privacy", "sigma, noise standard deviation / sensitivity", None, allowed=Range(0, 1e5)
+    )
+    steps: int | None = _field("privacy", "T, number of updates", 1000, allowed=COUNT)
+    expected_batch_size: int = _field(
+        "privacy", "B; every example enters with probability q = B / N", 4096, allowed=COUNT
+    )
+    augmult: int = _field(
+        "learning", "K, augmented views per example; 0 is the plain image", 16, allowed=Range(0, 10_000)
+    )
+    clip_norm: float = _field(
+        "privacy",
+        "C; the update is divided by C, so that learning_rate does not depend on it",
+        1.0,
+        allowed=Range(SMALLEST_CLIP_NORM, LARGEST_CLIP_NORM, infinite=True),
+    )
+    learning_rate: float = _field("learning", "of SGD", 2.0, allowed=Range(0, 1e6))
+    momentum: float = _field("learning", "of SGD; the paper uses none", 0.0, allowed=Range(0, 1, "[)"))
     schedule: str = _field(
         "learning",
         'of the learning rate: "constant" (the paper), or "cosine" down to zero',
         "constant",
+        allowed=SCHEDULES,
         since=1,
     )
     ema_decay: float = _field(
-        "learning", "upper limit of the averaging coefficient min(ema_decay, (1 + t) / (10 + t))", 0.9999
+        "learning",
+        "upper limit of the averaging coefficient min(ema_decay, (1 + t) / (10 + t))",
+        0.9999,
+        allowed=Range(0, 1, "[)"),
     )
     sampler: str = _field(
-        "privacy", '"poisson" (exact) or "shuffle" (as the paper ran; epsilon is nominal)', "poisson"
+        "privacy",
+        '"poisson" (exact) or "shuffle" (as the paper ran; epsilon is nominal)',
+        "poisson",
+        allowed=SAMPLERS,
     )
     accountant: str = _field(
         "privacy",
         "used for calibration, a name in `dpnb.privacy.ACCOUNTANTS`; results state the epsilons of all",
         DEFAULT_ACCOUNTANT,
+        allowed=ACCOUNTANTS,
     )
-    validation: int = _field("learning", "training images to hold out and report on, for tuning", 0)
+    validation: int = _field(
+        "learning", "training images to hold out and report on, for tuning", 0, allowed=COUNT_OR_0
+    )
     compute_dtype: str = _field(
-        "model", '"float32" or "bfloat16"; clipping, sums and noise are never in half precision', "float32"
+        "model",
+        '"float32" or "bfloat16"; clipping, sums and noise are never in half precision',
+        "float32",
+        allowed=("float32", "bfloat16"),
     )
     seed: int | None = _field(
-        "run", "of everything random; None draws a secret one, which no record shows", 0
+        "run",
+        "of everything random; None draws a secret one, which no record shows",
+        0,
+        allowed=Range(0, math.inf, "[)"),
     )
     physical_batch_size: int | None = _field(
-        "performance", "examples per device and call; None fits the memory", None
+        "performance", "examples per device and call; None fits the memory", None, allowed=COUNT
     )
     form: str = _field(
-        "performance", "of the clipped gradient, see `dpnb.gradients.clipping`; auto: by memory", "auto"
+        "performance",
+        "of the clipped gradient, see `dpnb.gradients.clipping`; auto: by memory",
+        "auto",
+        allowed=FORMS,
     )
     remat: bool = _field(
         "performance", "recompute residual blocks in the backward pass: less memory, more time", False
@@ -139,59 +198,60 @@ class Experiment:
     shard: bool = _field(
         "performance", "divide parameters, averages, optimizer and noise over the devices", False
     )
-    eval_every: int = _field("run", "updates between points of the curve; 0 evaluates only at the end", 100)
-    eval_examples: int = _field(
-        "run", "evaluation images for the curve (the end always uses all of them)", 10_000
+    eval_every: int = _field(
+        "run", "updates between points of the curve; 0 evaluates only at the end", 100, allowed=COUNT_OR_0
     )
-    preset: str = _field("run", "the scale of the run (smoke, teach, colab, paper)", "paper")
+    eval_examples: int = _field(
+        "run", "evaluation images for the curve (the end always uses all of them)", 10_000, allowed=COUNT
+    )
+    preset: str = _field("run", "the scale of the run (smoke, teach, colab, paper)", "paper", allowed=PRESETS)
     data_note: str = _field("run", "caveat about the data, copied into the record", "")
-    paper_mean: float | None = _field("paper", "test accuracy in percent, None if unknown", None)
-    paper_std: float | None = _field("paper", "its standard deviation over runs, None if unknown", None)
+    paper_mean: float | None = _field(
+        "paper", "test accuracy in percent, None if unknown", None, allowed=PERCENT
+    )
+    paper_std: float | None = _field(
+        "paper", "its standard deviation over runs, None if unknown", None, allowed=PERCENT
+    )
     paper_source: str = _field("paper", "where the number stands, and whether it is verified", "")
     impossible: str = _field(
         "paper", 'why nobody outside can run it, and what takes its place; "" if anybody can', ""
     )
 
     def __post_init__(self):
-        object.__setattr__(self, "pretrained", str(self.pretrained))  # a path may come as one
-
         def check(ok, invariant, got):
             if not ok:
                 raise ValueError(f"{self.name}: {invariant}, got {got!r}")
 
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(field.default, (int, float)) and value is not None and field.name != "seed":
-                check(isinstance(value, (int, float)), f"{field.name} must be a number", value)
+        for f in dataclasses.fields(self):
+            try:
+                value = canonical(getattr(self, f.name), f.type, f.metadata["allowed"])
+            except ValueError as error:
+                raise ValueError(f"{self.name}: {f.name} {error}") from None
+            object.__setattr__(self, f.name, value)
         free = [n for n in ("noise_multiplier", "steps", "epsilon") if getattr(self, n) is None]
         check(len(free) <= 1, "at most one of noise_multiplier, steps, epsilon may be None", free)
-        check(
-            self.epsilon is None or self.epsilon > 0, "epsilon must be positive (inf for none)", self.epsilon
+        network = find_network(self.network)
+        known = ", ".join(map(str, network.depths[:6])) + " ..." * (len(network.depths) > 6)
+        check(  # the default, a Wide-ResNet's, is refused when the network is built
+            not network.depths or self.depth in network.depths or self.depth == Experiment.depth,
+            f"depth of {self.network} must be one of {known}",
+            self.depth,
         )
-        check(0 < self.delta < 1, "delta must be in (0, 1)", self.delta)
-        sigma = self.noise_multiplier
-        check(sigma is None or 0 <= sigma < math.inf, "noise_multiplier must be finite and >= 0", sigma)
-        check(self.steps is None or self.steps > 0, "steps must be positive", self.steps)
-        check(self.expected_batch_size > 0, "expected_batch_size must be positive", self.expected_batch_size)
-        check(self.augmult >= 0, "augmult must be >= 0", self.augmult)
-        check(self.clip_norm > 0, "clip_norm must be positive", self.clip_norm)
         check(
-            self.clip_norm >= SMALLEST_CLIP_NORM,
-            f"clip_norm must be at least {SMALLEST_CLIP_NORM}",
-            self.clip_norm,
+            self.width >= network.narrowest,
+            f"width of {self.network} must be at least {network.narrowest}",
+            self.width,
         )
-        check(0 <= self.ema_decay < 1, "ema_decay must be in [0, 1)", self.ema_decay)
-        rate = self.learning_rate
-        check(math.isfinite(rate) and rate >= 0, "learning_rate must be finite and >= 0", rate)
-        check(0 <= self.momentum < 1, "momentum must be in [0, 1)", self.momentum)
-        check(self.network in NETWORKS, f"network must be one of {tuple(NETWORKS)}", self.network)
-        check(self.norm in ("group", "none"), "norm must be group or none", self.norm)
+        check(
+            isinstance(self.width, int) or not network.whole,
+            f"width of {self.network} must be a whole number",
+            self.width,
+        )
         check(
             not self.on_features or self.augmult == 0,
             "fixed features are computed once, from the plain image (augmult 0)",
             self.augmult,
         )
-        check(self.schedule in SCHEDULES, f"schedule must be one of {SCHEDULES}", self.schedule)
         check(
             self.trainable in ("all", "classifier") or re.fullmatch(r"last-[1-9]\d*", self.trainable),
             "trainable must be all, classifier, or last-k (last-1, last-2 ...)",
@@ -202,23 +262,7 @@ class Experiment:
             "layers that are not trained need pretrained weights (a name or a path)",
             self.pretrained,
         )
-        check(
-            not (self.pretrained and find_network(self.network).fixed),
-            "fixed features do not begin pretrained",
-            self.network,
-        )
-        check(self.width > 0, "width must be positive", self.width)
-        check(self.image_size >= 0, "image_size must be 0 or the pixels of a side", self.image_size)
-        check(self.form in FORMS, f"form must be one of {FORMS}", self.form)
-        check(self.sampler in SAMPLERS, f"sampler must be one of {SAMPLERS}", self.sampler)
-        check(
-            self.accountant in ACCOUNTANTS, f"accountant must be one of {tuple(ACCOUNTANTS)}", self.accountant
-        )
-        check(
-            self.compute_dtype in ("float32", "bfloat16"),
-            "compute_dtype must be float32 or bfloat16",
-            self.compute_dtype,
-        )
+        check(not (self.pretrained and network.fixed), "fixed features do not begin pretrained", self.network)
 
     @property
     def on_features(self) -> bool:

@@ -7,7 +7,7 @@ The same networks as everywhere (no layer mixes examples), without clipping and 
 from dpnb.experiments.experiment import Experiment
 
 
-def _cell(data: str, dataset: str, depth: int, width: int, epochs_of: int, source: str) -> Experiment:
+def _cell(data: str, dataset: str, depth: int, width: int, epochs_of: int, source: str, **more) -> Experiment:
     return Experiment(
         name=f"pretrain/{data}",
         dataset=dataset,
@@ -25,6 +25,7 @@ def _cell(data: str, dataset: str, depth: int, width: int, epochs_of: int, sourc
         ema_decay=0.9995,
         eval_every=1000,
         paper_source=source,
+        **more,
     )
 
 
@@ -34,9 +35,10 @@ TABLE = [
     _cell("cifar100", "cifar100", 40, 4, 50_000, _OURS.format("as its WRN-40-4 of CIFAR-100")),
     _cell("tiny-imagenet32", "tiny_imagenet32", 16, 4, 100_000, _OURS.format("a smaller public set")),
     _cell("textures", "textures", 16, 4, 60_000, _OURS.format("no real image at all, after Tang et al. 2023")),
-    _cell("textures-nf", "textures", 50, 1, 60_000, _OURS.format("no real image, for photographs")).replace(network="nf-resnet"),
-    _cell("places365", "places365_small", 50, 1, 1_803_460, _OURS.format("photographs that are not ImageNet's")).replace(
-        network="nf-resnet", image_size=224, augmult=1, compute_dtype="bfloat16",
+    _cell("textures-nf", "textures", 50, 1, 60_000, _OURS.format("no real image, for photographs"), network="nf-resnet"),
+    _cell(
+        "places365", "places365_small", 50, 1, 1_803_460, _OURS.format("photographs that are not ImageNet's"),
+        network="nf-resnet", image_size=224, compute_dtype="bfloat16",
     ),
 ]  # fmt: skip
 

@@ -9,7 +9,7 @@ from dpnb import lazy
 from dpnb.models.registry import NETWORKS, Network
 
 if TYPE_CHECKING:  # at run time each is imported when it is first used
-    from dpnb.models.checks import MixesExamples, check_independent
+    from dpnb.models.checks import DrawsRandomNumbers, MixesExamples, check_deterministic, check_independent
     from dpnb.models.nf_resnet import NFResNet
     from dpnb.models.nfnet import NFNet
     from dpnb.models.pure import functional
@@ -17,14 +17,15 @@ if TYPE_CHECKING:  # at run time each is imported when it is first used
     from dpnb.models.wide_resnet import WideResNet
 
 __all__ = [
-    "NETWORKS", "MixesExamples", "NFNet", "NFResNet", "Network", "ScatterLinear", "WideResNet",
-    "check_independent", "functional",
+    "NETWORKS", "DrawsRandomNumbers", "MixesExamples", "NFNet", "NFResNet", "Network", "ScatterLinear", "WideResNet",
+    "check_deterministic", "check_independent", "functional",
 ]  # fmt: skip
 
 __getattr__, __dir__ = lazy.attach(
     __name__,
     {
-        "MixesExamples": "dpnb.models.checks", "check_independent": "dpnb.models.checks",
+        "DrawsRandomNumbers": "dpnb.models.checks", "MixesExamples": "dpnb.models.checks",
+        "check_deterministic": "dpnb.models.checks", "check_independent": "dpnb.models.checks",
         "functional": "dpnb.models.pure", "NFNet": "dpnb.models.nfnet", "NFResNet": "dpnb.models.nf_resnet",
         "ScatterLinear": "dpnb.models.scattering", "WideResNet": "dpnb.models.wide_resnet",
     },

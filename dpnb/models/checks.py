@@ -13,6 +13,10 @@ class MixesExamples(ValueError):
     """A model's output for one example depends on the other examples of its batch."""
 
 
+class DrawsRandomNumbers(ValueError):
+    """A call of a model draws random numbers, as dropout does."""
+
+
 def check_independent(model: nnx.Module, inputs: jax.Array, *, tolerance: float = 1e-5) -> None:
     """Replaces one example at a time, and checks that the outputs of all others stay the same.
 
@@ -53,6 +57,31 @@ def check_independent(model: nnx.Module, inputs: jax.Array, *, tolerance: float 
         _check(copy, inputs, mode, tolerance)
 
 
+def check_deterministic(model: nnx.Module, inputs: jax.Array) -> None:
+    """Checks that a call of the model, in the mode in which it is, draws nothing from a random stream.
+
+    `dpnb.models.functional` keeps random streams as they are, so that dropout would drop the same numbers in every
+    update, and in evaluation too. `model` itself is not changed.
+
+    Raises:
+      DrawsRandomNumbers: it does.
+
+    >>> model = nnx.Dropout(0.5, rngs=nnx.Rngs(dropout=0))
+    >>> check_deterministic(model, jnp.ones((2, 3)))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    dpnb.models.checks.DrawsRandomNumbers: a call must draw no random numbers, but ...
+    >>> model.eval()
+    >>> check_deterministic(model, jnp.ones((2, 3)))
+    """
+    _, drawn = _functional(model, nnx.RngCount)(inputs)
+    before = nnx.to_pure_dict(nnx.state(model, nnx.RngCount))
+    if changed := _changed(before, drawn):
+        raise DrawsRandomNumbers(
+            f"a call must draw no random numbers, but it moved the random stream {changed}; in training they would be "
+            "the same in every update: leave out dropout and the like, or switch them off with model.eval()"
+        )
+
+
 def _check(model, inputs, mode, tolerance):
     call = _functional(model)
     before = nnx.to_pure_dict(nnx.state(model, _carried))
@@ -83,14 +112,14 @@ def _check(model, inputs, mode, tolerance):
         )
 
 
-def _functional(model):
+def _functional(model, returned=_carried):
     graph, state = nnx.split(model)
 
     @jax.jit
     def call(inputs):
         fresh = nnx.merge(graph, state, copy=True)  # the same random numbers every time
         outputs = fresh(inputs)
-        return outputs, nnx.to_pure_dict(nnx.state(fresh, _carried))
+        return outputs, nnx.to_pure_dict(nnx.state(fresh, returned))
 
     return call
 

@@ -6,7 +6,7 @@ code compares names. Modules are imported when their network is built, so readin
 
 import dataclasses
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 _WIDE = ("depth", "width", "norm", "standardised", "relu_first", "compute_dtype")
@@ -29,6 +29,8 @@ class Network:
     feature_batch: images per call when features are computed.
     fixed: the module in `dpnb.models` that makes the fixed features which it reads instead of images, with
       `WORDS` (hashed, like `kind`) and `make_transform(side)`; "" if it reads images.
+    depths: the depths that it is built in, () if it has one only.
+    narrowest, whole: the smallest width, and whether widths are whole numbers.
     """
 
     build: str | Callable[[Any, int, Any], Any]
@@ -38,21 +40,34 @@ class Network:
     identity: tuple[str, ...] = ()
     feature_batch: int = 500
     fixed: str = ""
+    depths: Sequence[int] = ()
+    narrowest: float = 0.0
+    whole: bool = False
 
 
-def _free(build: str, label: str, size: int) -> Network:
-    return Network(build, label + "{scaled}", size, "normaliser-free network", _FREE, feature_batch=32)
+def _free(build: str, label: str, size: int, narrowest: float, depths=()) -> Network:
+    name = "normaliser-free network"
+    return Network(
+        build, label + "{scaled}", size, name, _FREE, feature_batch=32, depths=depths, narrowest=narrowest
+    )
+
+
+def _nf_resnet(build: str, label: str) -> Network:
+    return _free(build, label, 2048, 1 / 64, (14, 26, 50, 101, 152, 200))
 
 
 NETWORKS = {
-    "wrn": Network("wide_resnet:build", "WRN-{depth}-{width}", 64, "Wide-ResNet", _WIDE),
+    "wrn": Network(
+        "wide_resnet:build", "WRN-{depth}-{width}", 64, "Wide-ResNet", _WIDE, depths=range(10, 1001, 6), narrowest=1,
+        whole=True,
+    ),
     "scatter-linear": Network("scattering:build", "scatter-linear", fixed="scattering"),
-    "nf-resnet": _free("nf_resnet:build", "NF-ResNet-{depth}", 2048),
-    "nf-resnet-timm": _free("nf_resnet:build_as_timm", "NF-ResNet-timm-{depth}", 2048),
-    "nfnet-f0": _free("nfnet:build", "NFNet-F0", 3072),
-    "nfnet-f1": _free("nfnet:build", "NFNet-F1", 3072),
-    "nfnet-f3": _free("nfnet:build", "NFNet-F3", 3072),
-}
+    "nf-resnet": _nf_resnet("nf_resnet:build", "NF-ResNet-{depth}"),
+    "nf-resnet-timm": _nf_resnet("nf_resnet:build_as_timm", "NF-ResNet-timm-{depth}"),
+    "nfnet-f0": _free("nfnet:build", "NFNet-F0", 3072, 1 / 16),
+    "nfnet-f1": _free("nfnet:build", "NFNet-F1", 3072, 1 / 16),
+    "nfnet-f3": _free("nfnet:build", "NFNet-F3", 3072, 1 / 16),
+}  # fmt: skip
 
 
 def find_network(name: str) -> Network:

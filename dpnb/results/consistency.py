@@ -27,7 +27,7 @@ SIZES = {
     "tiny_imagenet32": (100_000, 10_000), "imagenet_resized/32x32": (1_281_167, 50_000),
     **{name: (n, None) for name, n in imagenet.EXAMPLES.items()},
 }  # fmt: skip
-MALFORMED = (AttributeError, IndexError, KeyError, TypeError, ValueError)
+MALFORMED = (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError)
 
 
 class LeftOut(UserWarning):

@@ -2,9 +2,12 @@
 
 import dataclasses
 import datetime
+import json
 import math
 import os
+import pathlib
 import platform
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from dpnb import privacy
@@ -14,6 +17,54 @@ from dpnb.results.provenance import git_revision, peak_memory_mib, versions
 
 if TYPE_CHECKING:  # reading records needs no JAX
     from dpnb.training import Run
+
+
+LARGEST = 2**256  # of whole numbers: a seed
+_NUMBER = (int, float, type(None))
+# What every record has, a released one included, by the types of its values.
+SHAPE = {
+    "experiment": str, "preset": str, "finished": str, "augmult": int, "clip_norm": _NUMBER, "seed": (int, type(None)),
+    "privacy": {"noise_multiplier": (int, float), "sampling_probability": (int, float), "sampler": str, "steps": int,
+                "delta": (int, float), "epsilon_target": _NUMBER, "epsilon_is": str, "neighbours": str,
+                "calibrated_with": str, "seed_published": bool},
+    "accuracy": {"raw": (int, float), "ema": (int, float)}, "loss": {"raw": _NUMBER, "ema": _NUMBER},
+    "evaluated_on": str, "data": {"name": str, "training_examples": int, "fingerprint": str, "note": str},
+    "paper": {"mean": _NUMBER, "std": _NUMBER, "source": str}, "seconds": _NUMBER, "devices": str, "stopped": str,
+    "hyper_parameters": dict, "curve": list, "ledger": list,
+}  # fmt: skip
+
+
+def read_record(path: pathlib.Path, shape: Mapping[str, Any] = SHAPE) -> dict[str, Any]:
+    """Reads the file of a record; what it says is not checked, only that it says something.
+
+    Args:
+      path: of the file.
+      shape: types of values by their names; {} for any JSON object.
+
+    Raises:
+      ValueError: it is empty, damaged, or another kind of file.
+      OSError: it cannot be read.
+    """
+    try:
+        made = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} must be a record in JSON, but cannot be read ({error})") from None
+    if wrong := _misshapen(made, shape):
+        raise ValueError(f"{path} must be a record as `results.save` writes it, but {wrong}")
+    return made
+
+
+def _misshapen(value: Any, shape: Any, name: str = "it") -> str:
+    """Says what of a value has another type than `shape` wants, "" if nothing."""
+    if not isinstance(shape, dict):
+        if not isinstance(value, shape):
+            return f"{name} is {type(value).__name__}"
+        huge = isinstance(value, int) and abs(value) > LARGEST
+        return f"{name} is larger than any number in a record" if huge else ""
+    if not isinstance(value, dict):
+        return f"{name} is {type(value).__name__}"
+    missing = next((f"{key} is missing" for key in shape if key not in value), "")
+    return missing or next((w for key in shape if (w := _misshapen(value[key], shape[key], key))), "")
 
 
 def record(run: "Run", data: Dataset) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from dpnb.data import Dataset
 from dpnb.files import private_folder, write_atomic
 from dpnb.results import release
 from dpnb.results.consistency import LeftOut, misfit, noisier
-from dpnb.results.records import finite, record, statement
+from dpnb.results.records import finite, read_record, record, statement
 
 if TYPE_CHECKING:
     from dpnb.training import Run
@@ -66,8 +66,16 @@ def flatten(params: Any, prefix: str = "") -> dict[str, np.ndarray]:
 
 
 def load(root: str | pathlib.Path, name: str = release.RECORD) -> list[dict[str, Any]]:
-    """Loads all records below a directory, oldest first; `release.FULL_RECORD` names those of secret runs."""
-    found = [json.loads(p.read_text()) for p in sorted(pathlib.Path(root).rglob(name))]
+    """Loads all records below a directory, oldest first; `release.FULL_RECORD` names those of secret runs.
+
+    A file that is no record (see `read_record`) is left out with the warning `dpnb.results.consistency.LeftOut`.
+    """
+    found = []
+    for path in sorted(pathlib.Path(root).rglob(name)):
+        try:
+            found.append(read_record(path))
+        except (ValueError, OSError) as error:
+            warnings.warn(f"left out: {error}", LeftOut, stacklevel=2)
     return sorted(found, key=lambda r: r["finished"])
 
 
@@ -86,10 +94,12 @@ def matching_records(
 
     def same(record):
         hyper = record["hyper_parameters"]
-        equal = all(hyper.get(k, default[k]) == v for k, v in wanted.items())
-        return equal and not (experiment.noise_multiplier is None and noisier(record))
+        return all(hyper.get(k, default[k]) == v for k, v in wanted.items())
 
-    return [r for r in records if not r["stopped"] and same(r) and _fits(r)]
+    def quiet(record):  # has no more noise than is calibrated
+        return experiment.noise_multiplier is not None or not noisier(record)
+
+    return [r for r in records if not r["stopped"] and same(r) and _fits(r) and quiet(r)]
 
 
 def _fits(record: dict[str, Any]) -> bool:

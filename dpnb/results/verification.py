@@ -1,7 +1,6 @@
 """Verifies a record against its files, the registry, the data and its weights; says what stays unproven."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,7 +20,8 @@ from dpnb.experiments import Experiment
 from dpnb.models import functional, weights
 from dpnb.models.registry import make_model
 from dpnb.results import release
-from dpnb.results.consistency import Check, consistency, evaluated, experiment_of
+from dpnb.results.consistency import MALFORMED, Check, consistency, evaluated, experiment_of
+from dpnb.results.records import read_record
 from dpnb.training import features
 from dpnb.training.seeds import initial_rngs, run_seed
 
@@ -66,14 +66,15 @@ def verify(directory: str | pathlib.Path, *, data_dir=None, data_file=None) -> R
       data_dir, data_file: `data_dir` and `file` of `dpnb.data.load`.
     Raises:
       FileNotFoundError: there is no such record.
+      ValueError: it is empty, damaged, or another kind of file.
     """
     directory, private = places(pathlib.Path(directory))
-    record = json.loads((directory / release.RECORD).read_text())
+    record = read_record(directory / release.RECORD, {})  # what it lacks is reported
     checks = consistency(record, directory)
     try:
         experiment, recorded = experiment_of(record), record["data"]["fingerprint"]
         name, note = record["data"]["name"], record["data"]["note"]
-    except (AttributeError, KeyError, TypeError, ValueError):  # `consistency` has reported it
+    except MALFORMED:  # `consistency` has reported it
         return report(
             [*checks, (None, "accuracy and data were not checked: the record does not say of what")]
         )

@@ -1,5 +1,7 @@
 """Checkpoints (Orbax) of the whole state of a run, so that a resumed run ends identical to the bit."""
 
+import hashlib
+import json
 import pathlib
 import shutil
 import warnings
@@ -7,6 +9,10 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+
+
+def _sha256(extra: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(extra, sort_keys=True).encode()).hexdigest()
 
 
 class Checkpoints:
@@ -31,6 +37,7 @@ class Checkpoints:
         # The key is derived from the seed and determines the augmentation, so it is not written.
         state = state._replace(key=jax.numpy.zeros_like(state.key))
         extra = {"fingerprint": self.fingerprint, "notes": notes}
+        extra["sha256"] = _sha256(extra)
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(extra))
         step = int(state.step)
         if step not in self.manager.all_steps():
@@ -73,6 +80,9 @@ class Checkpoints:
 
     def _read(self, step: int, like: Any) -> tuple[dict[str, Any], Any]:
         extra = self.manager.restore(step, args=ocp.args.Composite(extra=ocp.args.JsonRestore())).extra
+        said = extra.pop("sha256", None)  # None: of an earlier version
+        if said not in (None, _sha256(extra)):
+            raise ValueError("its notes are not those that were written")
         if extra["fingerprint"] != self.fingerprint:
             return extra, None
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)

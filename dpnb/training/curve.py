@@ -42,8 +42,8 @@ def epsilon_spent(mechanism: privacy.Mechanism, experiment: Experiment) -> Calla
     experiment's steps that of the budget. It gives NaN if the accountant is not installed.
     """
     every = experiment.eval_every or experiment.steps
-    grid = [*range(every, experiment.steps, every), experiment.steps]
-    grid = grid if len(grid) <= 30 else accounting_grid(experiment.steps)
+    before_end = range(every, experiment.steps, every)
+    grid = [*before_end, experiment.steps] if len(before_end) < 30 else accounting_grid(experiment.steps)
     try:
         curve = privacy.epsilon_curve(mechanism, grid, experiment.delta, experiment.accountant)
     except privacy.MissingAccountant:

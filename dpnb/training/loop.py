@@ -92,6 +92,7 @@ def train(
       ValueError: bad hyper-parameters, or the directory holds another experiment's run.
       KeyError, OSError: the public weights are not available.
       MixesExamples: the model lets one example influence another.
+      DrawsRandomNumbers: it draws random numbers, as dropout does.
       UnsoundTrainer: clipping, noise or sampling do not behave as the guarantee needs them to.
       LedgerError: the ledger is locked or damaged, or does not hold the last update of the checkpoint.
     """

@@ -2,11 +2,13 @@
 
 import math
 
+import jax
 import numpy as np
 from flax import nnx
 
 from dpnb.data import Dataset, Photographs
 from dpnb.experiments import Experiment
+from dpnb.models import functional
 from dpnb.training import features
 
 
@@ -58,17 +60,26 @@ def check_own_model(experiment: Experiment) -> None:
 
 
 def check_outputs(model: nnx.Module, data: Dataset) -> None:
-    """Checks that the model returns one logit per class.
+    """Checks that the model takes the images and returns one logit per class.
 
     Raises:
-      ValueError: the model's outputs are not [batch, classes].
+      ValueError: it raises an error, or its outputs are not [batch, classes].
     """
-    got = nnx.eval_shape(lambda: model(noise_images(data))).shape
-    expected = (len(noise_images(data)), len(data.classes))
+    images = noise_images(data)
+    params, apply = functional(model)
+    try:
+        outputs = jax.eval_shape(apply, params, images)
+    except Exception as error:  # of any kind, from within the model
+        raise ValueError(
+            f"the model must take images {list(images.shape)}, but it raised {type(error).__name__}: "
+            f"{str(error)[:300]}; build it for images of {data.shape[0]} x {data.shape[1]} pixels"
+        ) from error
+    got = getattr(outputs, "shape", type(outputs).__name__)
+    expected = (len(images), len(data.classes))
     if got != expected:
         raise ValueError(
             f"the model must return one logit for each of {len(data.classes)} classes, {list(expected)}, "
-            f"got {list(got)}; set its number of classes"
+            f"got {list(got) if isinstance(got, tuple) else got}; set its number of classes"
         )
 
 

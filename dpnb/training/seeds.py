@@ -14,6 +14,7 @@
 
 import hashlib
 import json
+import operator
 import pathlib
 import secrets
 
@@ -31,6 +32,9 @@ def run_seed(directory: pathlib.Path, seed: int | None) -> tuple[int, str]:
 
     Anyone who knows the seed knows the noise, so a secret one appears in no record. The label may appear:
     it tells runs of different seeds apart, so that a new secret is never taken for a replay.
+
+    Raises:
+      ValueError: the file is damaged.
     """
     if seed is not None:
         return seed, f"seed {seed}"
@@ -38,8 +42,14 @@ def run_seed(directory: pathlib.Path, seed: int | None) -> tuple[int, str]:
     if not file.exists():
         drawn = {"seed": secret_seed(), "label": secrets.token_hex(8)}
         write_atomic(file, json.dumps(drawn), mode=0o600)
-    kept = json.loads(file.read_text())
-    return kept["seed"], f"secret {kept['label']}"
+    try:
+        kept = json.loads(file.read_bytes())
+        return operator.index(kept["seed"]), f"secret {kept['label']}"
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} must hold the run's secret seed, but is damaged ({type(error).__name__}); restore a copy of it, or "
+            "choose another directory"
+        ) from None
 
 
 def stream_name(before: str, *why: str) -> str:

@@ -23,7 +23,7 @@ from dpnb import privacy
 from dpnb.data import Dataset
 from dpnb.experiments import Experiment
 from dpnb.files import private_folder
-from dpnb.models import check_independent, weights
+from dpnb.models import check_deterministic, check_independent, weights
 from dpnb.models.registry import make_model
 from dpnb.privacy import Ledger, derived_seed
 from dpnb.training import features
@@ -151,8 +151,9 @@ def prepare(
             model = make_model(experiment, len(data.classes), rngs)
         if weights.provenance(experiment.pretrained) != public:
             raise ValueError(f"{experiment.pretrained} changed while it was read; start again")
-        check_independent(model, noise_images(data))
         check_outputs(model, data)
+        check_deterministic(model, noise_images(data))
+        check_independent(model, noise_images(data))
         trainer = make_trainer(experiment, data, seed=seed, model=model, optimizer=optimizer, devices=devices)
         report = check_trainer(trainer)
         report.raise_if_failed()

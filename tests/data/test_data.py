@@ -11,6 +11,7 @@ import http.server
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -20,6 +21,9 @@ import time
 import numpy as np
 import pytest
 import shared_runs
+from broken import broken, deterministic, other_values
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dpnb import data
 from dpnb.data import DataError, Dataset, Split, __main__
@@ -462,10 +466,91 @@ def test_damaged_or_foreign_directories(server, tmp_path):
         records.write_bytes(content)
         with pytest.raises(DataError, match="is damaged .*delete that directory, then run: python -m"):
             data.load("cifar10", data_dir=tmp_path / "tfds")
+    records.write_bytes(whole)
     info = json.loads((where / "dataset_info.json").read_text())
     (where / "dataset_info.json").write_text(json.dumps(info | {"fileFormat": "tfrecord"}))
     with pytest.raises(DataError, match="only TensorFlow reads"):
         data.load("cifar10", data_dir=tmp_path / "tfds")
+
+
+@pytest.fixture(scope="module")
+def letters(tmp_path_factory):
+    """A prepared set of 6 + 6 images, which nobody changes."""
+    root = tmp_path_factory.mktemp("letters")
+    prepare_other(root)
+    return root / "letters"
+
+
+def listing(k, **changed):
+    """Changes what `dataset_info.json` says of its k-th split."""
+    return lambda info: {
+        **info,
+        "splits": [s | changed if i == k else s for i, s in enumerate(info["splits"])],
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (listing(0, shardLengths=["5"]), "train.*holds 6 examples, and dataset_info.json lists 5"),
+        (listing(0, shardLengths=["7"]), "train.*holds 6 examples, and dataset_info.json lists 7"),
+        (listing(1, shardLengths=["2"]), "validation.*holds 6 examples, and dataset_info.json lists 2"),
+        (listing(0, shardLengths=["3", "3"]), "letters-train.array_record-00000-of-00002 is missing"),
+        (listing(0, shardLengths=[]), "does not say how many examples train has"),
+        (lambda info: info | {"splits": []}, "lists no examples"),
+        (lambda info: info | {"name": "numbers"}, "numbers-train.array_record-00000-of-00001 is missing"),
+        (lambda info: [], "not that of this data set, or cannot be read"),
+        (lambda info: {}, "not that of this data set, or cannot be read"),
+        (lambda info: None, "has no dataset_info.json|dataset_info.json is not that of"),
+        (b"", "cannot be read"),
+        (b"{", "cannot be read"),
+        (b"\xff\xfe", "cannot be read"),
+    ],
+)
+def test_a_listing_that_is_not_of_its_files(letters, tmp_path, change, why):
+    """Never loaded short: the folder is named as damaged."""
+    shutil.copytree(letters, tmp_path / "letters")
+    (path,) = (tmp_path / "letters").rglob("dataset_info.json")
+    if isinstance(change, bytes):
+        path.write_bytes(change)
+    elif (made := change(json.loads(path.read_text()))) is None:
+        path.unlink()
+    else:
+        path.write_text(json.dumps(made))
+    with pytest.raises(
+        DataError, match=rf"{path.parent} is damaged \(.*{why}.*\); delete that directory, then run"
+    ):
+        data.load("letters", data_dir=tmp_path)
+
+
+@deterministic(max_examples=30)
+@given(st.data())
+def test_a_broken_listing_is_never_loaded_short(letters, drawn):
+    """Cut, with bits flipped, with other values: the whole data set, or a `DataError`."""
+    (path,) = letters.rglob("dataset_info.json")
+    whole = path.read_bytes()
+    text = other_values(json.loads(whole)).map(lambda info: json.dumps(info).encode())
+    try:
+        path.write_bytes(drawn.draw(broken(whole) | text))
+        found = data.load("letters", data_dir=letters)
+        assert (len(found.train), len(found.test)) == (6, 6)
+    except DataError:
+        pass
+    finally:
+        path.write_bytes(whole)
+
+
+def test_cifar_without_its_listing_is_damaged(server, tmp_path):
+    """TFDS knows this set by itself, and would say that it is empty."""
+    server.put("cifar10", Archive("cifar10").tar())
+    where = data.prepare("cifar10", tmp_path / "tfds")
+    text = (where / "dataset_info.json").read_text()
+    for content in ("", text[:200], "[]", None):
+        (where / "dataset_info.json").unlink() if content is None else (
+            where / "dataset_info.json"
+        ).write_text(content)
+        with pytest.raises(DataError, match=f"{where} is damaged .*dataset_info.json"):
+            data.load("cifar10", data_dir=tmp_path / "tfds")
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dpnb.models import MixesExamples, WideResNet, check_independent, functional
+from dpnb.models import (
+    DrawsRandomNumbers,
+    MixesExamples,
+    WideResNet,
+    check_deterministic,
+    check_independent,
+    functional,
+)
 from dpnb.models.layers import Conv, standardise
 
 pytestmark = pytest.mark.usefixtures("strict_ranks")
@@ -337,6 +344,25 @@ def test_the_zoo_passes():
 )
 def test_independent_layers_pass(make):
     check_independent(make(nnx.Rngs(0)), FEATURES)
+
+
+def test_random_streams_that_move_are_caught():
+    """Also those that the layer does not use in the end; not one that is only there, or is switched off."""
+
+    class Drawing(nnx.Module):
+        def __init__(self):
+            self.rngs = nnx.Rngs(params=0, noise=1)
+
+        def __call__(self, x):
+            return x + 0 * jax.random.normal(self.rngs.noise(), x.shape)
+
+    drop = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+    for model in (Drawing(), drop):
+        with pytest.raises(DrawsRandomNumbers, match="moved the random stream .*count"):
+            check_deterministic(model, FEATURES)
+    drop.eval()
+    for model in (drop, nnx.Dropout(0.0, rngs=nnx.Rngs(0)), nnx.Linear(4, 2, rngs=nnx.Rngs(0)), Centred()):
+        check_deterministic(model, FEATURES)
 
 
 def test_the_check_needs_something_to_see():

@@ -11,7 +11,7 @@ from flax import nnx
 
 from dpnb import data, privacy
 from dpnb.experiments import Experiment
-from dpnb.models import MixesExamples
+from dpnb.models import DrawsRandomNumbers, MixesExamples
 from dpnb.training import calibrate, cost, epsilon_spent, train
 from dpnb.training.feeding import InMemoryBatches
 from dpnb.training.progress import Progress
@@ -70,6 +70,57 @@ class Broken(nnx.Module):
         return images @ jnp.zeros((7, 4))
 
 
+class Dropped(tiny.Linear):
+    """With dropout: its mask would be the same in every update, and stay in evaluation."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop = nnx.Dropout(0.5, rngs=nnx.Rngs(dropout=1))
+
+    def __call__(self, images):
+        return super().__call__(self.drop(images))
+
+
+class Normed(tiny.Linear):
+    def __init__(self):
+        super().__init__()
+        self.norm = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+
+    def __call__(self, images):
+        return super().__call__(self.norm(images))
+
+
+class Pair(tiny.Linear):
+    def __call__(self, images):
+        return super().__call__(images), 0
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "why"),
+    [
+        (Dropped, DrawsRandomNumbers, "must draw no random numbers, but it moved the random stream .*drop"),
+        (Normed, MixesExamples, "must treat every example on its own, but in train mode"),
+        (
+            Broken,
+            ValueError,
+            r"must take images \[4, 8, 8, 3\], but it raised TypeError: .*build it for images of 8 x 8",
+        ),
+        (lambda: tiny.Linear(classes=7), ValueError, r"for each of 4 classes, \[4, 4\], got \[4, 7\]"),
+        (Pair, ValueError, "for each of 4 classes, .*got tuple"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused_in_words(tmp_path, model, error, why):
+    with pytest.raises(error, match=why):
+        run(tiny.experiment(augmult=0, epsilon=8.0), tmp_path, model=model())
+    assert not (tmp_path / "ledger.jsonl").exists()
+
+
+def test_dropout_that_is_switched_off_is_welcome(tmp_path):
+    model = Dropped()
+    model.eval()
+    assert run(tiny.experiment(augmult=0, steps=1), tmp_path, model=model).steps == 1
+
+
 @pytest.mark.parametrize(
     "changes, options, error",
     [
@@ -77,7 +128,7 @@ class Broken(nnx.Module):
         (dict(clip_norm=float("inf"), epsilon=8.0), {}, ValueError),  # noise of an infinite scale
         (dict(noise_multiplier=1e6, epsilon=8.0), {}, ValueError),
         (dict(), {"model": Mixing()}, MixesExamples),
-        (dict(), {"model": Broken()}, TypeError),
+        (dict(), {"model": Broken()}, ValueError),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_spent(tmp_path, changes, options, error):
