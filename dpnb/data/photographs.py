@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import pathlib
 import time
 import warnings
@@ -242,7 +243,7 @@ class PhotographDataset(Dataset):
             raise DataError(
                 f"photographs to report on must not be among those to train on, got {shared} of "
                 f"{len(self.test)} of {self.name} that are copies, to the byte; remove them from train, or "
-                "load with allow_overlap=True"
+                "set DPNB_ALLOW_OVERLAP=1 (in Python: load with allow_overlap=True)"
             )
 
 
@@ -272,7 +273,7 @@ def load(
     validation: int = 0,
     note: str = "",
     workers: int = 0,
-    allow_overlap: bool = False,
+    allow_overlap: bool | None = None,
 ) -> Dataset:
     """Opens a data set of photographs; nothing but the list of them, and one or a few of them, is read yet.
 
@@ -288,10 +289,13 @@ def load(
       note: a caveat about the data, for their records, beside what this function says there itself.
       workers: processes that decode; 0 for threads, see `Photographs`.
       allow_overlap: whether photographs to report on may be among those to train on; the note then says so.
+        None: whether the environment variable DPNB_ALLOW_OVERLAP is 1.
     Raises:
       DataError: there is no such data set or no split to report on, it has no random access, or its
         photographs cannot be read.
     """
+    if allow_overlap is None:
+        allow_overlap = os.environ.get("DPNB_ALLOW_OVERLAP") == "1"
     folder = pathlib.Path(data_dir or ".").expanduser() / name
     if (folder / "train").is_dir():
         (train, test), classes = _folders(folder)

@@ -154,11 +154,14 @@ def test_copies_are_counted(root):
         assert load(root).fingerprint
 
 
-def test_photographs_in_both_splits_are_refused_unless_asked_for(root):
+def test_photographs_in_both_splits_are_refused_unless_asked_for(root, monkeypatch):
     copy(root, "train/cat/0.png", "val/cat/a.png")
     loaded = load(root)
     with pytest.raises(DataError, match="got 1 of 5 of x that are copies"):
         assert loaded.fingerprint
+    monkeypatch.setenv("DPNB_ALLOW_OVERLAP", "1")
+    assert load(root).fingerprint and load(root).allow_overlap
+    monkeypatch.delenv("DPNB_ALLOW_OVERLAP")
     allowed = photographs.load("x", 8, data_dir=root.parent, allow_overlap=True)
     assert len(allowed.fingerprint) == 64 and photographs.OVERLAP in allowed.note
 
