@@ -203,10 +203,11 @@ def main() -> None:
         rate = decoding(split, args.seconds)
         reading_ahead(split)
     for views in (1, 4, 16):
+        speed = f"{imagenet.EFFECTIVE / 1e12:.0f} TFLOP/s"
         hungry = imagenet.EFFECTIVE / (6 * imagenet.FORWARD["nf-resnet", 50, 224] * views)
         print(
-            f"NF-ResNet-50, K = {views}, at an assumed {imagenet.EFFECTIVE / 1e12:.0f} TFLOP/s: {hungry:,.0f} "
-            f"per second, {hungry / rate:.1f} cores"
+            f"NF-ResNet-50, K = {views}, at an assumed {speed}: {hungry:,.0f} per second, "
+            f"{hungry / rate:.1f} cores"
         )
 
 
