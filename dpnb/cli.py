@@ -280,7 +280,7 @@ def run(options) -> int:
     executed, unfinished = private / notebook, private / f"unfinished-{notebook}"
     try:
         papermill.execute_notebook(
-            _braced(NOTEBOOKS / notebook), _braced(unfinished), parameters, cwd=str(out), log_output=False,
+            _braced(NOTEBOOKS / notebook), _braced(unfinished), parameters, cwd=out, log_output=False,
             progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr, kernel_name="python3",
         )  # fmt: skip
     except (papermill.PapermillExecutionError, RuntimeError) as error:  # a cell's error, or the kernel died

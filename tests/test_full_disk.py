@@ -58,10 +58,8 @@ def train(directory):
     return training.train(e, tiny.data(), directory, model=tiny.Linear(), checkpoint_every=0.0)
 
 
-@pytest.mark.parametrize(
-    ("where", "after"),
-    [("ledger", 0), ("ledger", 3), ("sync", 2), ("checkpoint", 0), ("checkpoint", 2)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("where", "after"), [("ledger", 0), ("ledger", 3), ("sync", 2), ("checkpoint", 2)])
 def test_a_run_on_a_full_disk_loses_nothing(tmp_path, whole, where, after):
     """Once there is room again it goes on, ends at the same bits, and pays for no update twice."""
     owner, name = {
@@ -75,7 +73,8 @@ def test_a_run_on_a_full_disk_loses_nothing(tmp_path, whole, where, after):
     np.testing.assert_array_equal(weights(again), weights(whole))
 
 
-@pytest.mark.parametrize("after", [0, 1, 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [0, 2])  # of weights, record and statement
 def test_a_record_that_does_not_fit_is_written_later(tmp_path, small, after):
     """The run is finished and its checkpoint kept: the next sweep trains nothing, and writes the record."""
     todo = sweep.plan("cifar10/lr-clip/lr1-c1", "smoke", **CHANGES)
@@ -127,8 +126,7 @@ def test_a_true_limit_of_the_system(tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
         return done.stdout.splitlines()
 
-    failed = run(300)[-1]
-    assert failed.startswith("OSError: ") and ("File too large" in failed or "written in part" in failed)
+    assert any("the line was written in part" in line for line in run(300))
     assert not list(tmp_path.rglob("result.json"))
     assert run(2**30)[-1] == "1" and len(list(tmp_path.rglob("result.json"))) == 1
 

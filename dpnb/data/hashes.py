@@ -13,12 +13,7 @@ import numpy as np
 from dpnb import cache
 from dpnb.files import write_atomic
 
-<<<<<<< HEAD
-READERS = 16  # threads that read files not hashed before: they wait for the disk most of the time
-=======
-HASHES = "dpnb/hashes"  # below the user's cache directory: hashes of files, by size and time of change
 READERS = 8  # threads that read files not hashed before: they wait for the disk most of the time
->>>>>>> images
 SMALL = 2**20  # bytes of a file that is read as a whole
 CHUNK = 32  # files that a thread takes at a time
 
