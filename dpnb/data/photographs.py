@@ -103,6 +103,7 @@ class Photographs:
         """
         images = np.zeros((len(indices), self.size, self.size, 3), np.uint8)
         labels, unreadable = np.full(len(indices), UNREADABLE, np.int32), []
+        upright = getattr(self.source, "upright", True)
         for row, index in enumerate(indices):
             if not mask[row]:
                 continue
@@ -110,7 +111,7 @@ class Photographs:
             try:
                 if not 0 <= label < self.num_classes:
                     raise ValueError(f"label {label} of {self.num_classes} classes")
-                images[row] = decode(encoded, self.size, self.source.upright)
+                images[row] = decode(encoded, self.size, upright)
                 labels[row] = label
             except (ImportError, MemoryError):  # not the photograph's fault
                 raise

@@ -22,7 +22,7 @@ UNREADABLE = -1  # the label of an image that could not be read; its gradient is
 class Source(Protocol):
     """Encoded images by number.
 
-    upright: whether they are to be turned as their EXIF orientation says.
+    upright: whether they are to be turned as their EXIF orientation says; they are, if this is missing.
     content: the hashes of everything that they come from.
     """
 
