@@ -50,10 +50,10 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def python(*arguments, timeout: float = 900, env=None) -> subprocess.CompletedProcess:
+def python(*arguments, timeout: float = 900) -> subprocess.CompletedProcess:
     """`python ARGUMENTS` in its own process and an empty directory."""
     return subprocess.run(
-        [sys.executable, *map(str, arguments)], env=env or environment(), cwd=temporary("cwd"),
+        [sys.executable, *map(str, arguments)], env=environment(), cwd=temporary("cwd"),
         capture_output=True, text=True, timeout=timeout,
     )  # fmt: skip
 

@@ -2,11 +2,11 @@
 
 import contextlib
 import errno
-import json
 import os
 import pathlib
 import sys
 
+import nbformat
 import numpy as np
 import pytest
 import shared_runs
@@ -182,21 +182,24 @@ def test_a_sweep_says_at_once_that_it_cannot_write(tmp_path, capsys, monkeypatch
 
 
 @pytest.mark.notebook
-def test_braces_in_a_folder_are_text(tmp_path):
+def test_braces_in_a_folder_are_text(tmp_path, monkeypatch, capsys):
     """Papermill formats the paths that it is given. The home folder cannot be written, too."""
-    out = tmp_path / "nb{2} {experiment}"
-    environment = {
-        **shared_runs.environment(),
-        "HOME": "/dev/null/home",
-        "XDG_CACHE_HOME": "",
-        "MPLCONFIGDIR": "",
-    }
-    done = shared_runs.python(
-        "-m", "dpnb.cli", "run", "digits/demo", "--preset=smoke", *[f"--set={s}" for s in shared_runs.SMALL],
-        f"--out={out}", env={k: v for k, v in environment.items() if v},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads((out / "result.json").read_text())["privacy"]["steps"] == 3
-    assert (out / "cifar10_from_scratch.ipynb").is_file() and [p.name for p in tmp_path.iterdir()] == [
-        out.name
+    out, notebooks = tmp_path / "nb{2} {experiment} {", tmp_path / "{0} notebooks"
+    record = min((shared_runs.ROOT / "results").rglob("result.json"))
+    parameters = "experiment = preset = seed = changes = data_dir = data_file = data_note = output_dir = None"
+    copies = f"import pathlib, shutil; shutil.copy({str(record)!r}, pathlib.Path(output_dir) / 'result.json')"
+    cells = [
+        nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell(copies),
     ]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebooks.mkdir()
+    nbformat.write(
+        nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), notebooks / cli.NOTEBOOK
+    )
+    monkeypatch.setattr(cli, "NOTEBOOKS", notebooks)
+    monkeypatch.setenv("HOME", "/dev/null/home")
+    assert cli.main(["run", "digits/demo", "--out", str(out)]) == 0, capsys.readouterr().err
+    assert f"record: {out / 'result.json'}" in capsys.readouterr().out
+    assert {p.name for p in out.iterdir()} == {"result.json", cli.NOTEBOOK}
+    assert {p.name for p in tmp_path.iterdir()} == {out.name, notebooks.name}

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import json
 import math
+import pathlib
 import re
 import types
 
@@ -245,6 +246,7 @@ def test_a_failing_secret_run_leaves_its_notebook_in_private(tmp_path, monkeypat
     import papermill
 
     def fail(source, executed, *_, **__):
+        executed = pathlib.Path(executed)
         assert executed.parent == tmp_path / "private" and executed.parent.stat().st_mode & 0o777 == 0o700
         raise papermill.PapermillExecutionError(0, 1, "x = loaded", "DataError", "no data", [])
 
