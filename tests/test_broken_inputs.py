@@ -77,7 +77,7 @@ def test_set_of_anything(pair):
         assert "--set" in str(error) or "no hyper-parameter" in str(error)
 
 
-RECORD = min((shared_runs.ROOT / "results").rglob("result.json"), key=lambda p: p.stat().st_size)
+RECORD = min((shared_runs.ROOT / "results" / "cifar10").rglob("result.json"), key=lambda p: p.stat().st_size)
 
 
 @pytest.fixture(scope="module")

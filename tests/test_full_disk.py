@@ -185,7 +185,7 @@ def test_a_sweep_says_at_once_that_it_cannot_write(tmp_path, capsys, monkeypatch
 def test_braces_in_a_folder_are_text(tmp_path, monkeypatch, capsys):
     """Papermill formats the paths that it is given. The home folder cannot be written, too."""
     out, notebooks = tmp_path / "nb{2} {experiment} {", tmp_path / "{0} notebooks"
-    record = min((shared_runs.ROOT / "results").rglob("result.json"))
+    record = min((shared_runs.ROOT / "results" / "cifar10").rglob("result.json"))
     parameters = "experiment = preset = seed = changes = data_dir = data_file = data_note = output_dir = None"
     copies = f"import pathlib, shutil; shutil.copy({str(record)!r}, pathlib.Path(output_dir) / 'result.json')"
     cells = [

@@ -92,7 +92,7 @@ def test_parameters_are_literals_and_those_that_the_command_line_passes(monkeypa
         pass
 
     def execute(source, executed, given, **options):
-        assert source == shared_runs.NOTEBOOK
+        assert source == str(shared_runs.NOTEBOOK)
         raise Passed(given)
 
     monkeypatch.setattr(papermill, "execute_notebook", execute)

@@ -25,7 +25,7 @@ BROKEN = {
 
 
 def genuine() -> dict:
-    return json.loads(next((shared_runs.ROOT / "results").rglob("result.json")).read_text())
+    return json.loads(min((shared_runs.ROOT / "results" / "cifar10").rglob("result.json")).read_text())
 
 
 @pytest.fixture
