@@ -126,7 +126,7 @@ class Experiment:
         allowed=Range(0, 1, "()"),
     )
     noise_multiplier: float | None = _field(
-        "privacy", "sigma, noise standard deviation / sensitivity", None, allowed=Range(0, 1e5)
+        "privacy", "sigma, noise standard deviation / sensitivity", None, allowed=Range(0, 1e9)
     )
     steps: int | None = _field("privacy", "T, number of updates", 1000, allowed=COUNT)
     expected_batch_size: int = _field(
@@ -141,7 +141,7 @@ class Experiment:
         1.0,
         allowed=Range(SMALLEST_CLIP_NORM, LARGEST_CLIP_NORM, infinite=True),
     )
-    learning_rate: float = _field("learning", "of SGD", 2.0, allowed=Range(0, 1e6))
+    learning_rate: float = _field("learning", "of SGD", 2.0, allowed=Range(0, 1e38))
     momentum: float = _field("learning", "of SGD; the paper uses none", 0.0, allowed=Range(0, 1, "[)"))
     schedule: str = _field(
         "learning",
