@@ -72,7 +72,7 @@ def check_outputs(model: nnx.Module, data: Dataset) -> None:
     except Exception as error:  # of any kind, from within the model
         raise ValueError(
             f"the model must take images {list(images.shape)}, but it raised {type(error).__name__}: "
-            f"{str(error)[:300]}; build it for images of {data.shape[0]} x {data.shape[1]} pixels"
+            f"{str(error)[:300]}; build it for inputs of the shape {list(data.shape)}"
         ) from error
     got = getattr(outputs, "shape", type(outputs).__name__)
     expected = (len(images), len(data.classes))

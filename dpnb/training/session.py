@@ -126,6 +126,7 @@ def prepare(
         features.check(experiment, data)
     else:
         check_own_model(experiment)
+        check_outputs(model, data)
     folder = private_folder(directory, experiment.seed is None)
     mechanism = experiment.mechanism(len(data.train))
     journal = folder / "ledger.jsonl" if jax.process_index() == 0 else None
@@ -142,9 +143,9 @@ def prepare(
         if model is None:
             rngs = initial_rngs(derived_seed(seed, "initial parameters"))
             model = make_model(experiment, len(data.classes), rngs)
+            check_outputs(model, data)
         if weights.provenance(experiment.pretrained) != public:
             raise ValueError(f"{experiment.pretrained} changed while it was read; start again")
-        check_outputs(model, data)
         check_deterministic(model, noise_images(data))
         check_independent(model, noise_images(data))
         trainer = make_trainer(experiment, data, seed=seed, model=model, optimizer=optimizer, devices=devices)

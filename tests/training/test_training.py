@@ -103,7 +103,7 @@ class Pair(tiny.Linear):
         (
             Broken,
             ValueError,
-            r"must take images \[4, 8, 8, 3\], but it raised TypeError: .*build it for images of 8 x 8",
+            r"must take images \[4, 8, 8, 3\], but it raised TypeError: .*for inputs of the shape \[8, 8, 3\]",
         ),
         (lambda: tiny.Linear(classes=7), ValueError, r"for each of 4 classes, \[4, 4\], got \[4, 7\]"),
         (Pair, ValueError, "for each of 4 classes, .*got tuple"),
