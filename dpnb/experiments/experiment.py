@@ -126,7 +126,7 @@ class Experiment:
         allowed=Range(0, 1, "()"),
     )
     noise_multiplier: float | None = _field(
-        "privacy", "sigma, noise standard deviation / sensitivity", None, allowed=Range(0, 1e9)
+        "privacy", "sigma, noise standard deviation / sensitivity", None, allowed=Range(0, 1e5)
     )
     steps: int | None = _field("privacy", "T, number of updates", 1000, allowed=COUNT)
     expected_batch_size: int = _field(
@@ -232,8 +232,8 @@ class Experiment:
         check(len(free) <= 1, "at most one of noise_multiplier, steps, epsilon may be None", free)
         network = find_network(self.network)
         known = ", ".join(map(str, network.depths[:6])) + " ..." * (len(network.depths) > 6)
-        check(  # the default, a Wide-ResNet's, is refused when the network is built
-            not network.depths or self.depth in network.depths or self.depth == Experiment.depth,
+        check(
+            not network.depths or self.depth in network.depths,
             f"depth of {self.network} must be one of {known}",
             self.depth,
         )

@@ -91,8 +91,8 @@ def prepare(experiment: Experiment, data: Dataset) -> Dataset:
         return _fixed(data, fixed)
     weights.provenance(experiment.pretrained, data)
     # Pass on only the fields that affect the features, so that experiments share them.
-    like = Experiment("features", network=experiment.network, pretrained=experiment.pretrained)
-    like = like.replace(**registry.feature_fields(experiment))
+    own = {"network": experiment.network, "pretrained": experiment.pretrained}
+    like = Experiment("features", **(own | registry.feature_fields(experiment)))
     return _extracted(data, _network(experiment), like)
 
 
