@@ -9,12 +9,12 @@ weights in the folder.
 """
 
 import argparse
-import ast
 import pathlib
 import signal
 import time
 
 from dpnb import experiments, results, training
+from dpnb.cli import changes
 from dpnb.data import load
 from dpnb.training import features
 
@@ -37,9 +37,7 @@ def main(argv=None) -> None:
         signal.signal(signal.SIGALRM, stop)
         signal.setitimer(signal.ITIMER_REAL, 60 * args.minutes)
     began = time.monotonic()
-    changes = dict(item.split("=", 1) for item in args.set)
-    changes = {k: ast.literal_eval(v) if v[:1].isdigit() else v for k, v in changes.items()}
-    e = experiments.get(args.name, args.preset, seed=args.seed, **changes)
+    e = experiments.get(args.name, args.preset, seed=args.seed, **changes(args.set))
     data = features.prepare(e, load(e.dataset, file=args.data_file))
     print(f"{e.name}: data after {time.monotonic() - began:.1f} s", flush=True)
     try:

@@ -250,7 +250,7 @@ def clear(kind: str | None = None) -> int:
 
 @functools.cache
 def versions(*packages: str) -> dict[str, str]:
-    """The installed versions of packages, for keys; "" for one that is not installed."""
+    """The installed versions of packages; "" for one that is not installed."""
     found = {}
     for name in packages:
         try:

@@ -1,9 +1,10 @@
 """The provenance of a result: versions, git revision, memory."""
 
-import importlib.metadata
 import pathlib
 import subprocess
 import sys
+
+from dpnb import cache
 
 PACKAGES = ("dpnb", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "dp-accounting", "numpy")
 
@@ -20,13 +21,7 @@ def peak_memory_mib() -> int | None:
 
 def versions() -> dict[str, str]:
     """Returns {package: version} of the packages that a result depends on."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    return {name: version or "not installed" for name, version in cache.versions(*PACKAGES).items()}
 
 
 def git_revision() -> str:
