@@ -59,7 +59,7 @@ def test_unknown_name_suggests(capsys, here):
         (["--set", "eval_examples=0"], "eval_examples must be"),
         (["--set", "eval_every=-1"], "eval_every must be"),
         (["--set", "remat=yes"], "remat must be True or False, got 'yes'"),
-        (["--set", "learning_rate=nan"], "learning_rate must be a number in [0, 1000000], got 'nan'"),
+        (["--set", "learning_rate=nan"], "learning_rate must be a number in [0, 1e+38], got 'nan'"),
         (["--set", "pretrained=None"], 'pretrained must be text, got None; "" for none'),
         (
             ["--set", "seed=1"],

@@ -45,6 +45,20 @@ def test_plan():
         plan(seeds=0)
 
 
+def test_changes_are_of_hyper_parameters_alone():
+    """A seed among them was passed over in silence, and the seeds 0 ... were run."""
+    for asked in (plan, lambda **changes: sweep.on_record("cifar10/lr-clip/*", "smoke", [], **changes)):
+        with pytest.raises(
+            ValueError, match="changes of a sweep must leave seed alone, got 5; it is `seeds`"
+        ):
+            asked(seed=5)
+        for key in ("name", "preset"):
+            with pytest.raises(
+                ValueError, match=f"changes must leave {key} alone, got 'teach'; .* beside them"
+            ):
+                asked(**{key: "teach"})
+
+
 def test_cells_that_are_one_experiment_run_once():
     """At epsilon 8 and the paper's scale K = 16 is the whole recipe, in five studies."""
     whole = ["augmult/k16", "batch/b4096", "depth-width/w4", "lr-clip/lr2-c1", "ablation/5-ema"]

@@ -22,8 +22,8 @@ class Range(NamedTuple):
     ends: "[" or "(" and "]" or ")", as in mathematics.
     infinite: infinity belongs to it, too.
 
-    >>> print(Range(0, 1, "()"), 0 in Range(0, 1, "()"), Range(1, 1000, infinite=True))
-    (0, 1) False [1, 1000] or inf
+    >>> print(Range(0, 1, "()"), 0 in Range(0, 1, "()"), Range(1, 1000, infinite=True), Range(0, 1e38))
+    (0, 1) False [1, 1000] or inf [0, 1e+38]
     """
 
     low: float
@@ -38,8 +38,7 @@ class Range(NamedTuple):
         return above and (number < self.high or (self.ends[1] == "]" and number == self.high))
 
     def __str__(self) -> str:
-        low, high = (int(x) if float(x).is_integer() else x for x in (self.low, self.high))
-        return f"{self.ends[0]}{low}, {high}{self.ends[1]}" + " or inf" * self.infinite
+        return f"{self.ends[0]}{self.low:.15g}, {self.high:.15g}{self.ends[1]}" + " or inf" * self.infinite
 
 
 def canonical(value: Any, annotation: Any, allowed: Container | None = None) -> Any:

@@ -34,6 +34,13 @@ def test_every_field_has_a_type_and_every_number_has_bounds():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("name", NUMBERS)
+def test_bounds_are_printed_short_and_exact(name):
+    allowed = FIELDS[name].metadata["allowed"]
+    low, high = str(allowed).removesuffix(" or inf")[1:-1].split(", ")
+    assert (float(low), float(high)) == (allowed.low, allowed.high) and len(high) <= len("2147483647")
+
+
 @pytest.mark.parametrize("name", WHOLE)
 def test_whole_numbers(name):
     """Also as 1e3, 16.0 or a NumPy scalar, but nothing between them, no text and no truth value."""
