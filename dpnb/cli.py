@@ -109,7 +109,8 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        print(f"dpnb: {error}", file=sys.stderr)
+        named = error.strerror and error.filename is not None
+        print(f"dpnb: {f'{error.filename}: {error.strerror}' if named else error}", file=sys.stderr)
     except (KeyError, TypeError, ValueError) as error:
         print(f"dpnb: {error.args[0] if error.args else type(error).__name__}", file=sys.stderr)
     except KeyboardInterrupt:
@@ -320,9 +321,12 @@ def table(options) -> int:
         print(f"dpnb: no directory {options.results}, so no run of ours is in the table", file=sys.stderr)
     records = results.load(options.results)
     frame = (results.table if isinstance(asked, str) else results.excerpt)(asked, records)
+    if frame.empty:
+        why = f"of {asked} neither the paper has a number nor we a run"
+        print(f"dpnb: the table has no row: {why}", file=sys.stderr)
     if options.write:
         write_atomic(options.write, results.insert(options.write.read_text(), options.name, frame))
-    else:
+    elif options.markdown or not frame.empty:
         print(results.markdown(frame) if options.markdown else frame.to_string(index=False))
     return 0
 

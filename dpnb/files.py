@@ -69,7 +69,7 @@ def writable_folder(path: pathlib.Path) -> pathlib.Path:
 
     Raises:
       ValueError: a name in the path is too long for a file system.
-      OSError: it cannot be made or written.
+      OSError: it cannot be made or written, of the kind that the system says.
     """
     for name in path.parts:
         if len(os.fsencode(name)) > LONGEST:
@@ -77,9 +77,14 @@ def writable_folder(path: pathlib.Path) -> pathlib.Path:
                 f"the name of a folder must have at most {LONGEST} bytes, got {len(os.fsencode(name))}: "
                 f"{name[:40]} ...; choose a shorter one"
             )
-    path.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=path) as file:
-        file.write(b"written")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path) as file:
+            file.write(b"written")
+    except OSError as error:
+        raise type(error)(
+            f"{path} must be a folder that can be written ({error.strerror}); choose another"
+        ) from error
     return path
 
 

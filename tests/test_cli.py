@@ -90,7 +90,9 @@ def test_bad_arguments_do_nothing(capsys, here, arguments, named):
 def test_other_commands_refuse_too(capsys, here):
     assert "cifar11" in refusal(capsys, "table", "cifar11")
     assert "command" in refusal(capsys)
-    refusal(capsys, "verify", str(here / "nothing"))
+    nothing = here / "nothing"
+    expected = f"dpnb: {nothing / 'result.json'}: No such file or directory"
+    assert refusal(capsys, "verify", str(nothing)) == expected
 
 
 def test_cells_that_nobody_outside_can_run_say_so(capsys, here):
@@ -131,6 +133,11 @@ def test_table(capsys, here):
     assert any("81.4 +- 0.2" in line for line in lines) and "| 67.0 (Tramer & Boneh 2021) |" in lines[-1]
     assert cli.main(["table", "cifar10/wrn-40-4/*", "--results", str(here)]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1 + 6
+    assert cli.main(["table", "digits", "--results", str(here)]) == 0
+    assert capsys.readouterr() == (
+        "",
+        "dpnb: the table has no row: of digits/* neither the paper has a number nor we a run\n",
+    )
 
 
 @pytest.mark.notebook

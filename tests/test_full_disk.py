@@ -161,7 +161,9 @@ def test_a_long_name_of_a_run_is_shortened_to_one_of_its_own(tmp_path):
 def test_folders_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file" / "below", pathlib.Path("/proc/none"), pathlib.Path("/dev/null/x")):
-        with pytest.raises(OSError):
+        with pytest.raises(
+            OSError, match=f"^{place} must be a folder that can be written .*; choose another$"
+        ):
             files.writable_folder(place)
     with pytest.raises(ValueError, match="at most 255 bytes, got 256"):
         files.writable_folder(tmp_path / ("x" * 256) / "y")
@@ -178,7 +180,9 @@ def test_a_sweep_says_at_once_that_it_cannot_write(tmp_path, capsys, monkeypatch
     (tmp_path / "file").write_text("")
     arguments = ["run", "cifar10/lr-clip/*", "--out", str(tmp_path / "file" / "x")]
     assert cli.main(arguments) == 2
-    assert capsys.readouterr().err.startswith("dpnb: [Errno 20] Not a directory")
+    assert capsys.readouterr().err.rstrip() == (
+        f"dpnb: {tmp_path / 'file' / 'x'} must be a folder that can be written (Not a directory); choose another"
+    )
 
 
 @pytest.mark.notebook

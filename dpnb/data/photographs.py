@@ -237,7 +237,7 @@ class PhotographDataset(Dataset):
                 f"{again} of {len(self.train)} training photographs of {self.name} are copies of others, "
                 f"{elsewhere} of them under another class: the guarantee is for one photograph, so that for "
                 "somebody with k copies it is the weaker one of a group of k; remove the copies",
-                stacklevel=3,
+                stacklevel=4,  # at who asks for the fingerprint
             )
         shared = int(np.isin(test[0], train[0]).sum())
         if shared and not self.allow_overlap:

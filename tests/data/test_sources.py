@@ -150,8 +150,11 @@ def test_copies_are_counted(root):
     copy(root, "train/cat/0.png", "train/cat/a.png")
     copy(root, "train/cat/0.png", "train/dog/b.png")
     copy(root, "train/dog/1.png", "train/dog/c.png")
-    with pytest.warns(UserWarning, match="3 of 11 training .* are copies of others, 1 of them under another"):
+    with pytest.warns(
+        UserWarning, match="3 of 11 training .* are copies of others, 1 of them under another"
+    ) as w:
         assert load(root).fingerprint
+    assert w[0].filename == __file__  # the line that asked, not one of a library
 
 
 def test_photographs_in_both_splits_are_refused_unless_asked_for(root, monkeypatch):
