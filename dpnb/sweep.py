@@ -32,7 +32,7 @@ class Sweep:
     failures: dict[str, str]
 
 
-def cells(pattern: str, preset: str, /, **changes) -> list[Experiment]:
+def cells(pattern: str, preset: str, **changes) -> list[Experiment]:
     """Returns the experiments whose names match, at a preset and with changes, in the order of the registry.
 
     Raises:
@@ -47,13 +47,13 @@ def cells(pattern: str, preset: str, /, **changes) -> list[Experiment]:
     return [experiments.get(name, preset, **changes) for name in names]
 
 
-def scales(pattern: str, preset: str, /, **changes) -> dict[str, list[Experiment]]:
+def scales(pattern: str, preset: str, **changes) -> dict[str, list[Experiment]]:
     """Returns {preset: cells}, with the changes at `preset`, and unchanged at the other presets."""
     found = {preset: cells(pattern, preset, **changes)}
     return found | {other: cells(pattern, other) for other in experiments.PRESETS if other != preset}
 
 
-def on_record(pattern: str, preset: str, records: list[dict[str, Any]], fields=(), /, **changes) -> dict:
+def on_record(pattern: str, preset: str, records: list[dict[str, Any]], fields=(), **changes) -> dict:
     """Returns a `results.summary` of each scale of a study that has runs.
 
     Args:
@@ -76,7 +76,7 @@ def on_record(pattern: str, preset: str, records: list[dict[str, Any]], fields=(
     return frames
 
 
-def plan(pattern: str, preset: str, seeds: int = 1, /, **changes) -> list[Experiment]:
+def plan(pattern: str, preset: str, seeds: int = 1, **changes) -> list[Experiment]:
     """Returns the experiments to run: those of `cells`, once for each of the seeds 0 ... seeds - 1.
 
     Cells that are the same experiment at this scale under several names are run once, as the first of them.

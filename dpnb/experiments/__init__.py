@@ -19,7 +19,7 @@ def names(pattern: str = "*") -> list[str]:
     return fnmatch.filter(_ALL, pattern)
 
 
-def get(name: str, preset: str = "paper", /, **changes) -> Experiment:
+def get(name: str, preset: str = "paper", **changes) -> Experiment:
     """The experiment of that name at that scale.
 
     Args:
@@ -27,8 +27,7 @@ def get(name: str, preset: str = "paper", /, **changes) -> Experiment:
       preset: smoke | teach | colab | paper.
       changes: fields to set on top, e.g. `seed=1`; on another data set no number of the paper is beside it.
     Raises:
-      KeyError: unknown name. ValueError: unknown preset, bad value, or changes of name or preset (at another
-        scale other fields change with it). TypeError: unknown field.
+      KeyError: unknown name. ValueError: unknown preset or bad value. TypeError: unknown field.
 
     >>> get("cifar10/wrn-16-4/eps8").steps
     2468
@@ -38,11 +37,6 @@ def get(name: str, preset: str = "paper", /, **changes) -> Experiment:
         raise KeyError(f"no experiment {name!r}; did you mean {' or '.join(close) or 'one of `dpnb list`'}?")
     if preset not in PRESETS:
         raise ValueError(f"preset must be one of {PRESETS}, got {preset!r}")
-    for key in ("name", "preset"):
-        if key in changes:
-            raise ValueError(
-                f"changes must leave {key} alone, got {changes[key]!r}; it is chosen beside them"
-            )
     e = _ALL[name]
     if changes.get("dataset", e.dataset) != e.dataset:  # what the paper reports is of another data set
         source = f"none: {name} is on {e.dataset}"
