@@ -5,7 +5,9 @@ BIN := $(VENV)/bin
 COVERAGE := import sys; print("--cov --cov-report=term" if sys.version_info >= (3, 12) else "")
 WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-fast lab lint clean
+CONSTRAINTS := --constraint constraints.txt
+
+.PHONY: demo test test-fast test-newest lab lint constraints clean
 
 # The main job on an embedded data set: no download, about two minutes after installation.
 demo: $(VENV)/.demo
@@ -28,23 +30,33 @@ test: lint
 test-fast: $(VENV)/.test
 	$(BIN)/python -m pytest -q $(WORKERS) -m "not slow and not notebook and not distributed"
 
+# The same tests with the newest packages that pyproject.toml allows, in an environment of their own.
+test-newest:
+	$(MAKE) test VENV=.venv-newest CONSTRAINTS=--upgrade
+
 lab: $(VENV)/.lab
 	$(BIN)/jupyter lab notebooks
+
+# The newest packages that pyproject.toml allows on every Python it allows: what the other targets install.
+constraints: $(VENV)/bin/python
+	$(BIN)/python -m pip install -q uv
+	$(BIN)/uv pip compile -q --universal --python-version 3.11 --all-extras --no-annotate --upgrade \
+		--custom-compile-command 'make constraints' pyproject.toml -o constraints.txt
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install -q -e .
+$(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e .
 	touch $@
 
-$(VENV)/.test: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install -q -e '.[test]'
+$(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e '.[test]'
 	touch $@ $(VENV)/.demo
 
-$(VENV)/.lab: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install -q -e '.[lab]'
+$(VENV)/.lab: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e '.[lab]'
 	touch $@ $(VENV)/.demo
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .venv-newest build dist *.egg-info

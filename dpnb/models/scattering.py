@@ -42,6 +42,28 @@ def morlet(size: int, sigma: float, theta: float, xi: float, slant: float) -> np
     return wave - wave.sum() / bump.sum() * bump
 
 
+def dft2(values, inverse: bool = False) -> jax.Array:
+    """Computes the discrete Fourier transform, or its inverse, over the last two axes, of equal length.
+
+    It is a product of real matrices and not `jnp.fft`, in which XLA on CPUs can wait for itself forever:
+    its FFT hands parts of its work to threads that are waiting in other FFTs (seen with JAX 0.11.2).
+
+    Args:
+      values: float32 or complex64 [..., n, n].
+    Returns:
+      complex64 [..., n, n].
+    """
+    n = values.shape[-1]
+    turn = np.fft.ifft(np.eye(n)) if inverse else np.fft.fft(np.eye(n))
+    turn = np.block([[turn.real, turn.imag], [-turn.imag, turn.real]]).astype(np.float32)
+    for _ in range(2):  # rows, then columns, which the transposition makes rows
+        if jnp.iscomplexobj(values):
+            values = jnp.concatenate([values.real, values.imag], -1)
+        rows = jnp.matmul(values, turn[: values.shape[-1]], precision="highest")
+        values = jnp.swapaxes(jax.lax.complex(rows[..., :n], rows[..., n:]), -1, -2)
+    return values
+
+
 @functools.cache
 def filters(size: int, angles: int = 8) -> tuple[np.ndarray, list[np.ndarray]]:
     """Returns Fourier transforms of low pass [size, size] and wavelets [angles, size, size] of each scale."""
@@ -77,15 +99,15 @@ def scattering(images) -> jax.Array:
     low, (fine, coarse) = filters(size + 8)
     as32 = functools.partial(jnp.asarray, dtype=jnp.float32)
     padded = jnp.pad(images, ((0, 0), (4, 4), (4, 4)), mode="reflect")
-    u0 = jnp.fft.fft2(padded)[:, None]
+    u0 = dft2(padded)[:, None]
 
     def mean(u, every):  # [batch, paths, n, n] in Fourier space -> its local means, 4 pixels apart
-        return jnp.fft.ifft2(folded(u * as32(coarser(low, 4 // every)), every)).real[..., 1:-1, 1:-1]
+        return dft2(folded(u * as32(coarser(low, 4 // every)), every), inverse=True).real[..., 1:-1, 1:-1]
 
-    u1_fine = jnp.fft.fft2(jnp.abs(jnp.fft.ifft2(u0 * as32(fine))))  # scale 0: every pixel
-    u1_coarse = jnp.fft.fft2(jnp.abs(jnp.fft.ifft2(folded(u0 * as32(coarse), 2))))  # scale 1: every second
+    u1_fine = dft2(jnp.abs(dft2(u0 * as32(fine), inverse=True)))  # scale 0: every pixel
+    u1_coarse = dft2(jnp.abs(dft2(folded(u0 * as32(coarse), 2), inverse=True)))  # scale 1: every second
     pairs = folded(u1_fine[:, :, None] * as32(coarse), 2)
-    u2 = jnp.fft.fft2(jnp.abs(jnp.fft.ifft2(pairs))).reshape(len(images), -1, *pairs.shape[-2:])
+    u2 = dft2(jnp.abs(dft2(pairs, inverse=True))).reshape(len(images), -1, *pairs.shape[-2:])
     parts = [mean(u0, 4), mean(u1_fine, 4), mean(u1_coarse, 2), mean(u2, 2)]
     return jnp.moveaxis(jnp.concatenate(parts, 1), 1, -1).astype(jnp.float32)
 

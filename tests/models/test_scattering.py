@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import shared_runs
 import tiny
 
 from dpnb import data, training
@@ -29,6 +30,21 @@ def test_filters_are_what_they_should_be():
             assert math.hypot(x, y) == pytest.approx(0.75 * math.pi / 2**j, abs=0.2)
             turn = (3 - k) * math.pi / 8
             assert abs(math.remainder(math.atan2(y, x) - turn, 2 * math.pi)) < 0.15
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_dft_of_real_and_complex_images(inverse):
+    images = RANDOM.random((2, 3, 20, 20)).astype(np.float32)
+    for given in (images, images + 1j * images[::-1]):
+        want = np.fft.ifft2(given) if inverse else np.fft.fft2(given)
+        np.testing.assert_allclose(scattering.dft2(given, inverse), want, atol=1e-5 * np.abs(want).max())
+
+
+def test_a_batch_ends_where_there_is_one_device():
+    """XLA's own FFT waited for itself forever, from 50 images on; the subprocess has a single device."""
+    code = "from dpnb.models import scattering; print(scattering.standards(32)[0].shape)"
+    done = shared_runs.python("-c", code, timeout=300)
+    assert done.stdout == "(81,)\n", done.stderr
 
 
 def test_flat_image():
