@@ -1,4 +1,4 @@
-"""`dpnb list | run | table | verify | cache`: a thin shell over papermill and the records."""
+"""`dpnb list | run | table | verify | notebooks | cache`: a thin shell over papermill and the records."""
 
 import argparse
 import ast
@@ -14,11 +14,10 @@ import warnings
 from typing import Any
 
 import dpnb
-from dpnb import cache, experiments
+from dpnb import cache, experiments, folders
 from dpnb.experiments import Experiment, cifar10, studies
 from dpnb.files import private_folder, writable_folder, write_atomic
 
-NOTEBOOKS = pathlib.Path(__file__).parents[1] / "notebooks"
 NOTEBOOK = "cifar10_from_scratch.ipynb"
 FIELDS = {f.name: f.type for f in dataclasses.fields(experiments.Experiment)}
 # Fields with an option of their own, which --set does not replace.
@@ -31,6 +30,7 @@ NOTEBOOKS_OF = {"pretrain": "pretrain_public.ipynb", "imagenet/scratch": "imagen
 FIGURES = {f"cifar10/{study}": notebook for study, notebook in studies.STUDIES.items()}
 FIGURES |= {f"{name}/finetune": "cifar_finetune.ipynb" for name in ("cifar10", "cifar100")}
 FIGURES |= {f"{name}/finetune": "imagenet_finetune.ipynb" for name in ("imagenet", "places365")}
+RECORDS = "directory of records (default: results, else those that come with dpnb)"
 # The rows of the table in the README, (experiment, preset).
 README_ROWS = (
     ("cifar10/wrn-16-4/eps8", "smoke"),
@@ -56,10 +56,11 @@ TABLES: dict[str, str | tuple[tuple[str, str], ...]] = {
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = argparse.ArgumentParser(prog="dpnb", description="Private image classification, reproduced.")
+    parser.add_argument("--version", action="version", version=f"dpnb {folders.version()}")
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("list", help="experiments, what the paper reports, and their status")
     add.add_argument("pattern", nargs="?", default="*", help="shell pattern, e.g. 'cifar10/*'")
-    add.add_argument("--results", default="results", help="directory of records")
+    add.add_argument("--results", default=folders.records(), help=RECORDS)
     add = commands.add_parser(
         "run",
         help="execute an experiment's notebook with papermill, or a sweep",
@@ -90,18 +91,21 @@ def main(arguments: list[str] | None = None) -> int:
     add.add_argument("--data-note", default="", help="caveat about the data, copied into the record")
     add = commands.add_parser("table", help="paper | ours | difference")
     add.add_argument("name", help="cifar10, finetune, imagenet, digits, readme, or a shell pattern")
-    add.add_argument("--results", default="results", help="directory of records")
+    add.add_argument("--results", default=folders.records(), help=RECORDS)
     add.add_argument("--markdown", action="store_true")
     add.add_argument("--write", type=pathlib.Path, metavar="FILE", help="put it between FILE's table markers")
     add = commands.add_parser("verify", help="hold a record against its files, the registry, and the data")
     add.add_argument("record", type=pathlib.Path, help="directory of a run, or of its release")
     add.add_argument("--data-dir", default=None)
     add.add_argument("--data-file", default=None)
+    add = commands.add_parser("notebooks", help="copy the notebooks, to open and change them")
+    add.add_argument("directory", type=pathlib.Path, help="where to; files that are there are left alone")
     add = commands.add_parser("cache", help="list or clear what is kept on disk because it is slow to make")
     add.add_argument("--clear", nargs="?", const="all", choices=("all", *cache.KINDS), metavar="KIND",
                      help=f"remove it all, or one of {', '.join(cache.KINDS)}")  # fmt: skip
     options = parser.parse_args(arguments)
     run_command = {"list": list_, "run": run, "table": table, "verify": verify, "cache": cache_}
+    run_command["notebooks"] = notebooks
     try:
         with left_out_in_one_line():
             return run_command[options.command](options)
@@ -241,7 +245,13 @@ def run_sweep(options) -> int:
     print("\n" + results.tidy(frame.drop(columns=["first", "note"])).to_string(index=False))
     print(f"records: {root}")
     for study in sorted({"/".join(e.name.split("/")[:2]) for e in todo} & set(FIGURES)):
-        print(f"figures: notebooks/{FIGURES[study]} with train = False")
+        if folders.INSTALLED:
+            where = f"output_dir = {str(root.absolute())!r}"
+            print(
+                f"figures: {FIGURES[study]}, which `dpnb notebooks DIR` copies, with train = False, {where}"
+            )
+        else:
+            print(f"figures: notebooks/{FIGURES[study]} with train = False")
     return 1 if made.failures else 0
 
 
@@ -268,10 +278,9 @@ def run(options) -> int:
     if first == "pretrain" and e.seed is None:
         raise ValueError("pre-training promises no privacy, so its seed is public; leave out --secret-seed")
     notebook = NOTEBOOKS_OF.get("/".join([first, *rest[:1]]), NOTEBOOKS_OF.get(first, NOTEBOOK))
-    if not (NOTEBOOKS / notebook).exists():
+    if not (folders.NOTEBOOKS / notebook).exists():
         raise FileNotFoundError(
-            f"`dpnb run` executes the notebooks of a source checkout, and {NOTEBOOKS} has none; "
-            "clone the repository and `pip install -e .` there"
+            f"`dpnb run` executes a notebook, and there is no {folders.NOTEBOOKS / notebook}; install dpnb again"
         )
     os.environ.setdefault("DPNB_PROGRESS", "plain")
     import papermill
@@ -281,7 +290,7 @@ def run(options) -> int:
     executed, unfinished = private / notebook, private / f"unfinished-{notebook}"
     try:
         papermill.execute_notebook(
-            _braced(NOTEBOOKS / notebook), _braced(unfinished), parameters, cwd=out, log_output=False,
+            _braced(folders.NOTEBOOKS / notebook), _braced(unfinished), parameters, cwd=out, log_output=False,
             progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr, kernel_name="python3",
         )  # fmt: skip
     except (papermill.PapermillExecutionError, RuntimeError) as error:  # a cell's error, or the kernel died
@@ -339,6 +348,15 @@ def verify(options) -> int:
     print("\n".join(report.lines))
     print("ok, complete" if report.ok and report.complete else "ok, incomplete" if report.ok else "FAILED")
     return 1 if not report.ok else 0 if report.complete else 3
+
+
+def notebooks(options) -> int:
+    """Copies the notebooks to a directory, and prints which were there already."""
+    copied, left = folders.copy_notebooks(options.directory)
+    print(f"notebooks copied to {options.directory}: {len(copied)}")
+    if left:
+        print(f"left alone, since they are there: {', '.join(map(str, left))}")
+    return 0
 
 
 def cache_(options) -> int:

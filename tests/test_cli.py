@@ -3,13 +3,14 @@
 import json
 import math
 import os
+import tomllib
 
 import nbformat
 import numpy as np
 import pytest
 import shared_runs
 
-from dpnb import cache, cli, experiments
+from dpnb import cache, cli, experiments, folders
 from dpnb.results import verification
 
 
@@ -101,10 +102,49 @@ def test_cells_that_nobody_outside_can_run_say_so(capsys, here):
     assert not list(here.iterdir())
 
 
-def test_a_wheel_without_notebooks_says_so(capsys, here, monkeypatch):
-    monkeypatch.setattr(cli, "NOTEBOOKS", here / "no notebooks")
-    assert "source checkout" in refusal(capsys, "run", "digits/demo")
+def test_an_installation_without_notebooks_says_so(capsys, here, monkeypatch):
+    monkeypatch.setattr(folders, "NOTEBOOKS", here / "no notebooks")
+    assert "install dpnb again" in refusal(capsys, "run", "digits/demo")
+    assert "install it again" in refusal(capsys, "notebooks", str(here))
     assert not list(here.iterdir())
+
+
+def test_notebooks_are_copied_but_never_over_a_file(capsys, here):
+    (here / "nb").mkdir()
+    (here / "nb" / "cifar10_table.ipynb").symlink_to(here / "nowhere")
+    assert cli.main(["notebooks", "nb"]) == 0
+    there = sorted(str(path.relative_to(folders.NOTEBOOKS)) for path in folders.NOTEBOOKS.rglob("*.ipynb"))
+    assert capsys.readouterr().out.splitlines() == [
+        f"notebooks copied to nb: {len(there) - 1}",
+        "left alone, since they are there: nb/cifar10_table.ipynb",
+    ]
+    assert sorted(str(p.relative_to(here / "nb")) for p in (here / "nb").rglob("*.ipynb")) == there
+    assert "learn/01_dp_sgd_by_hand.ipynb" in there and not (here / "nowhere").exists()
+    for name in {*there} - {"cifar10_table.ipynb"}:
+        assert (here / "nb" / name).read_bytes() == (folders.NOTEBOOKS / name).read_bytes()
+
+
+def test_notebooks_need_folders_that_can_be_written(capsys, here):
+    (here / "learn").touch()
+    assert refusal(capsys, "notebooks", ".").startswith("dpnb: learn must be a folder that can be written (")
+    assert [path.name for path in here.iterdir()] == ["learn"]
+
+
+def test_version_is_that_of_pyproject(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    project = tomllib.loads((shared_runs.ROOT / "pyproject.toml").read_text())["project"]
+    assert ended.value.code == 0 and capsys.readouterr().out == f"dpnb {project['version']}\n"
+
+
+def test_records_are_those_of_the_working_directory_else_those_on_file(capsys, here):
+    def ours():
+        assert cli.main(["table", "cifar10"]) == 0
+        return capsys.readouterr().out
+
+    assert "reached, by our own way" in ours()
+    (here / "results").mkdir()
+    assert "reached, by our own way" not in ours()
 
 
 @pytest.mark.parametrize(

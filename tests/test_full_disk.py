@@ -12,7 +12,7 @@ import pytest
 import shared_runs
 import tiny
 
-from dpnb import cli, data, files, results, sweep, training
+from dpnb import cli, data, files, folders, results, sweep, training
 from dpnb.training import session, update
 
 CHANGES = dict(dataset="bands", steps=2, expected_batch_size=24, delta=1e-3, physical_batch_size=8, augmult=0,
@@ -201,7 +201,7 @@ def test_braces_in_a_folder_are_text(tmp_path, monkeypatch, capsys):
     nbformat.write(
         nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), notebooks / cli.NOTEBOOK
     )
-    monkeypatch.setattr(cli, "NOTEBOOKS", notebooks)
+    monkeypatch.setattr(folders, "NOTEBOOKS", notebooks)
     monkeypatch.setenv("HOME", "/dev/null/home")
     assert cli.main(["run", "digits/demo", "--out", str(out)]) == 0, capsys.readouterr().err
     assert f"record: {out / 'result.json'}" in capsys.readouterr().out

@@ -94,12 +94,6 @@ def test_license_and_entry_point():
     assert PYPROJECT["scripts"] == {"dpnb": "dpnb.cli:main"}
 
 
-def test_types_are_shipped():
-    """Type checkers read the annotations of an installed package only if it has this marker."""
-    shipped = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
-    assert "py.typed" in shipped["dpnb"] and (ROOT / "dpnb" / "py.typed").exists()
-
-
 def test_hooks_use_a_version_of_ruff_in_the_range():
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     (pinned,) = (repo["rev"] for repo in hooks if repo["repo"].endswith("/ruff-pre-commit"))

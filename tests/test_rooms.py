@@ -16,7 +16,7 @@ PACKAGE = pathlib.Path(dpnb.__file__).parent
 # rooms on one floor do not see each other.
 FLOORS = (
     ("lazy", "files"),
-    ("cache",),
+    ("cache", "folders"),
     ("privacy",),
     ("gradients", "data"),
     ("models",),

@@ -4,7 +4,7 @@ import pathlib
 import subprocess
 import sys
 
-from dpnb import cache
+from dpnb import cache, folders
 
 PACKAGES = ("dpnb", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "dp-accounting", "numpy")
 
@@ -26,6 +26,8 @@ def versions() -> dict[str, str]:
 
 def git_revision() -> str:
     """Returns the revision of this checkout, with "+" if dpnb's folder is changed; "" outside a checkout."""
+    if not (folders.ROOT / ".git").exists():  # an installed package may lie in the checkout of something else
+        return ""
     here = pathlib.Path(__file__).parents[1]
 
     def git(*args):

@@ -12,7 +12,7 @@ import optax
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from dpnb import cache, data
+from dpnb import cache, data, folders
 from dpnb.data import Recipe
 from dpnb.data.augment import plain
 from dpnb.data.dataset import padded_batches
@@ -71,6 +71,10 @@ def verify(directory: str | pathlib.Path, *, data_dir=None, data_file=None) -> R
     directory, private = places(pathlib.Path(directory))
     record = read_record(directory / release.RECORD, {})  # what it lacks is reported
     checks = consistency(record, directory)
+    if folders.is_installed(directory):
+        checks.append(
+            (None, "a wheel leaves out ema.safetensors; the weights on record are in the repository")
+        )
     try:
         experiment, recorded = experiment_of(record), record["data"]["fingerprint"]
         name, note = record["data"]["name"], record["data"]["note"]

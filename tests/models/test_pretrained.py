@@ -206,7 +206,7 @@ def test_command_line(named, capsys, monkeypatch):
     assert main(["list"]) == 0 and "CC BY 4.0" in capsys.readouterr().out
 
 
-def test_ours_come_with_the_checkout_and_with_their_hash(tmp_path, monkeypatch):
+def test_ours_come_with_dpnb_and_with_their_hash(tmp_path, monkeypatch):
     ours_ = {name: weights for name, weights in pretrained.WEIGHTS.items() if not weights.url}
     assert "wrn-10-2-tiny-imagenet32" in ours_
     for name, weights in ours_.items():
@@ -219,7 +219,7 @@ def test_ours_come_with_the_checkout_and_with_their_hash(tmp_path, monkeypatch):
         assert {k: v.shape for k, v in made.items()} == {k: v.shape for k, v in flatten(params).items()}
         assert len(pretrained.identity(made)) == 64
     monkeypatch.setattr(pretrained, "OURS", tmp_path)
-    with pytest.raises(FileNotFoundError, match="comes with a source checkout"):
+    with pytest.raises(FileNotFoundError, match="comes with dpnb, and there is no"):
         pretrained.load(name)
     (tmp_path / f"{name}.safetensors").write_bytes(save({"x": np.zeros(3)}))
     with pytest.raises(ValueError, match="SHA-256 must be"):

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load as parse
 from safetensors.numpy import save as serialised
 
+from dpnb import folders
 from dpnb.data import Dataset
 from dpnb.files import write_atomic
 from dpnb.models import nf_resnet, nfnet
@@ -22,7 +23,7 @@ from dpnb.models.weights import conversion, unpickle
 from dpnb.models.weights.conversion import Arrays
 
 CACHE = pathlib.Path("~/.cache/dpnb/weights")
-OURS = pathlib.Path(__file__).parents[3] / "results" / "pretrained"  # of a source checkout
+OURS = folders.RECORDS / "pretrained"
 AUTHORS = "https://storage.googleapis.com/dm_jax_privacy/models/"
 TIMM = "https://huggingface.co/timm/"
 
@@ -31,7 +32,7 @@ TIMM = "https://huggingface.co/timm/"
 class Weights:
     """One published network.
 
-    url: of the publisher's file (a directory for Orbax); "" for a file of ours, in a checkout's
+    url: of the publisher's file (a directory for Orbax); "" for a file of ours, which comes with dpnb in
       results/pretrained.
     published_as: haiku (a pickle), orbax, timm (safetensors), or dpnb.
     network: "wrn-40-4", "nfnet-F0", "nf-resnet-50".
@@ -135,9 +136,7 @@ def _content(name: str, cache: str | pathlib.Path) -> bytes:
     if not weights.url:
         file = OURS / f"{name}.safetensors"
         if not file.is_file():
-            raise FileNotFoundError(
-                f"{name} comes with a source checkout, and there is no {file}; clone dpnb"
-            )
+            raise FileNotFoundError(f"{name} comes with dpnb, and there is no {file}; install it again")
         content = file.read_bytes()
         _check(name, content, weights.sha256, OURS)
         return content
