@@ -109,14 +109,14 @@ def test_what_a_wheel_holds(built):
 def test_an_editable_installation_uses_the_checkout(tmp_path):
     made = content(build("editable", ROOT, tmp_path / "editable"))
     inside = {name for name in made if ".dist-info/" not in name}
-    assert inside == {"_dpnb.pth", "dpnb/share/constraints.txt"} and made["_dpnb.pth"] == str(ROOT).encode()
+    assert inside == {"_dpnb.pth"} and made["_dpnb.pth"] == str(ROOT).encode()
     assert not folders.INSTALLED and folders.ROOT == ROOT
 
 
 @pytest.mark.slow
 def test_what_is_read_without_training(installed, tmp_path):
     assert installed.dpnb("--version", cwd=tmp_path) == f"dpnb {folders.version()}\n"
-    assert "run at smaller scale" in installed.dpnb("list", "cifar10/wrn-16-4/eps8", cwd=tmp_path)
+    assert "run at smoke, teach" in installed.dpnb("list", "cifar10/wrn-16-4/eps8", cwd=tmp_path)
     assert "reached, by our own way" in installed.dpnb("table", "readme", cwd=tmp_path)
     assert "81.4 +- 0.2" in installed.dpnb("table", "cifar10", cwd=tmp_path)
     assert installed.dpnb("table", "digits", cwd=tmp_path) == ""
