@@ -83,7 +83,7 @@ def test_unknown_name_suggests(capsys, here):
     ],
 )
 def test_bad_arguments_do_nothing(capsys, here, arguments, named):
-    assert named in refusal(capsys, "run", "digits/demo", *arguments)
+    assert named in refusal(capsys, "run", "digits/wrn-10-1", *arguments)
     assert not list(here.iterdir())
 
 
@@ -103,7 +103,7 @@ def test_cells_that_nobody_outside_can_run_say_so(capsys, here):
 
 def test_a_wheel_without_notebooks_says_so(capsys, here, monkeypatch):
     monkeypatch.setattr(cli, "NOTEBOOKS", here / "no notebooks")
-    assert "source checkout" in refusal(capsys, "run", "digits/demo")
+    assert "source checkout" in refusal(capsys, "run", "digits/wrn-10-1")
     assert not list(here.iterdir())
 
 
@@ -145,11 +145,11 @@ def test_a_failing_notebook_is_reported(here):
     """A missing data file fails in the notebook's own words; exit status 1, and the notebook to look at."""
     missing = here / "missing.npz"
     done = shared_runs.python(
-        "-m", "dpnb.cli", "run", "digits/demo", f"--data-file={missing}", f"--out={here / 'out'}"
+        "-m", "dpnb.cli", "run", "digits/wrn-10-1", f"--data-file={missing}", f"--out={here / 'out'}"
     )
     assert done.returncode == 1
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("dpnb: ")]
-    assert "digits/demo failed: DataError" in line and str(missing) in line
+    assert "digits/wrn-10-1 failed: DataError" in line and str(missing) in line
     executed = here / "out" / "unfinished-cifar10_from_scratch.ipynb"
     assert str(executed) in done.stdout and not (here / "out" / "result.json").exists()
     errors = [
