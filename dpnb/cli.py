@@ -15,7 +15,8 @@ from typing import Any
 
 import dpnb
 from dpnb import cache, experiments
-from dpnb.experiments import Experiment, cifar10, studies
+from dpnb.execution import NotebookFailed, execute, known_parameters
+from dpnb.experiments import Experiment, cifar10, digits, studies
 from dpnb.files import private_folder, writable_folder, write_atomic
 
 NOTEBOOKS = pathlib.Path(__file__).parents[1] / "notebooks"
@@ -28,9 +29,12 @@ OPTIONS = {
 }  # fmt: skip
 # By the first part of a name, or its first two; else NOTEBOOK.
 NOTEBOOKS_OF = {"pretrain": "pretrain_public.ipynb", "imagenet/scratch": "imagenet_from_scratch.ipynb"}
-FIGURES = {f"cifar10/{study}": notebook for study, notebook in studies.STUDIES.items()}
-FIGURES |= {f"{name}/finetune": "cifar_finetune.ipynb" for name in ("cifar10", "cifar100")}
+FIGURES = {f"{name}/finetune": "cifar_finetune.ipynb" for name in ("cifar10", "cifar100")}
 FIGURES |= {f"{name}/finetune": "imagenet_finetune.ipynb" for name in ("imagenet", "places365")}
+# What `dpnb run STUDY` executes, with the cells STUDY/*.
+STUDY_NOTEBOOKS = {f"cifar10/{study}": notebook for study, notebook in studies.STUDIES.items()}
+FIGURES |= STUDY_NOTEBOOKS
+STUDY_NOTEBOOKS |= digits.STUDIES
 # The rows of the table in the README, (experiment, preset).
 README_ROWS = (
     ("cifar10/wrn-16-4/eps8", "smoke"),
@@ -66,7 +70,9 @@ def main(arguments: list[str] | None = None) -> int:
         epilog="hyper-parameters for --set KEY=VALUE, by group:\n\n" + experiments.describe_fields(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add.add_argument("name", help="as `dpnb list` shows it, or a shell pattern of several: a sweep")
+    add.add_argument(
+        "name", help="as `dpnb list` shows it, a study of several (digits/demo), or a shell pattern: a sweep"
+    )
     add.add_argument("--preset", choices=experiments.PRESETS, default="smoke")
     add.add_argument(
         "--set",
@@ -108,6 +114,10 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # `dpnb list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except NotebookFailed as failed:
+        print(f"dpnb: {options.name} failed: {failed}", file=sys.stderr)
+        print(f"dpnb: the notebook up to there is {failed.unfinished}")
+        return 1
     except OSError as error:
         named = error.strerror and error.filename is not None
         print(f"dpnb: {f'{error.filename}: {error.strerror}' if named else error}", file=sys.stderr)
@@ -245,10 +255,35 @@ def run_sweep(options) -> int:
     return 1 if made.failures else 0
 
 
-def run(options) -> int:
-    """Executes the notebook of one experiment with papermill, or hands several to `run_sweep`; prints the row."""
+def run_study(options) -> int:
+    """Executes the notebook of a study, which trains what is not finished and shows tables and figures."""
     from dpnb import sweep
 
+    if options.secret_seed or options.seed:
+        raise ValueError("a study runs the published seeds 0 ... N - 1 of each cell; choose N with --seeds")
+    cells, seeds = f"{options.name}/*", 1 if options.seeds is None else options.seeds
+    asked = changes(options.set)
+    sweep.plan(cells, options.preset, seeds, **asked)  # refuses before it starts
+    notebook, root = notebook_of(STUDY_NOTEBOOKS[options.name]), options.out or pathlib.Path("runs")
+    given = dict(pattern=cells, preset=options.preset, seeds=seeds, changes=asked, **data_parameters(options))
+    given["output_dir"] = str(root.absolute())
+    known = known_parameters(notebook)
+    if unknown := [name for name in given if given[name] and name not in known]:
+        raise ValueError(
+            f"{notebook.name} must be given its own parameters, got {', '.join(unknown)} as well"
+        )
+    kept = writable_folder(root / options.name)
+    executed = execute(notebook, {n: v for n, v in given.items() if n in known}, out=kept, kept=kept)
+    print(f"notebook: {executed}")
+    return 0
+
+
+def run(options) -> int:
+    """Executes the notebook of one experiment or study with papermill, or hands several to `run_sweep`."""
+    from dpnb import sweep
+
+    if options.name in STUDY_NOTEBOOKS:
+        return run_study(options)
     if several(options):
         return run_sweep(options)
     asked = changes(options.set)
@@ -259,37 +294,17 @@ def run(options) -> int:
     e = experiments.get(options.name, options.preset, seed=seed, **asked)  # refuses before it starts
     out = options.out or sweep.directory("runs", e)
     parameters = dict(
-        experiment=options.name, preset=options.preset, seed=seed, changes=asked,
-        data_dir=str(options.data_dir and pathlib.Path(options.data_dir).absolute()),
-        data_file=str(options.data_file and pathlib.Path(options.data_file).absolute()),
-        data_note=options.data_note, output_dir=str(out.absolute()),
+        experiment=options.name, preset=options.preset, seed=seed, changes=asked, **data_parameters(options),
+        output_dir=str(out.absolute()),
     )  # fmt: skip
     first, *rest = options.name.split("/")
     if first == "pretrain" and e.seed is None:
         raise ValueError("pre-training promises no privacy, so its seed is public; leave out --secret-seed")
-    notebook = NOTEBOOKS_OF.get("/".join([first, *rest[:1]]), NOTEBOOKS_OF.get(first, NOTEBOOK))
-    if not (NOTEBOOKS / notebook).exists():
-        raise FileNotFoundError(
-            f"`dpnb run` executes the notebooks of a source checkout, and {NOTEBOOKS} has none; "
-            "clone the repository and `pip install -e .` there"
-        )
-    os.environ.setdefault("DPNB_PROGRESS", "plain")
-    import papermill
-
+    name = NOTEBOOKS_OF.get("/".join([first, *rest[:1]]), NOTEBOOKS_OF.get(first, NOTEBOOK))
+    notebook = notebook_of(name)
     # The executed notebook of a secret run shows training images; a copy without them comes beside the weights.
     private = private_folder(writable_folder(out), e.seed is None)
-    executed, unfinished = private / notebook, private / f"unfinished-{notebook}"
-    try:
-        papermill.execute_notebook(
-            _braced(NOTEBOOKS / notebook), _braced(unfinished), parameters, cwd=out, log_output=False,
-            progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr, kernel_name="python3",
-        )  # fmt: skip
-    except (papermill.PapermillExecutionError, RuntimeError) as error:  # a cell's error, or the kernel died
-        why = f"{error.ename}: {error.evalue}" if hasattr(error, "ename") else error
-        print(f"dpnb: {options.name} failed: {why}", file=sys.stderr)
-        print(f"dpnb: the notebook up to there is {unfinished}")
-        return 1
-    unfinished.replace(executed)  # only now: a refused run leaves an earlier one's notebook alone
+    executed = execute(notebook, parameters, out=out, kept=private)
     from dpnb import results
     from dpnb.results import release
 
@@ -300,14 +315,32 @@ def run(options) -> int:
     print(f"record: {record}\nfigure: {private / 'curve.png'}\nnotebook: {executed}")
     if released:
         copy = release.notebook(json.loads(executed.read_text()))
-        write_atomic(folder / notebook, json.dumps(copy, indent=1, ensure_ascii=False) + "\n")
+        write_atomic(folder / name, json.dumps(copy, indent=1, ensure_ascii=False) + "\n")
         print(f"may be published, see privacy.md there: {folder}")
     return 0
 
 
-def _braced(path: pathlib.Path) -> str:
-    """Returns a path as papermill takes it, which formats it with the parameters: braces are doubled."""
-    return str(path).replace("{", "{{").replace("}", "}}")
+def notebook_of(name: str) -> pathlib.Path:
+    """Returns the path of a notebook.
+
+    Raises:
+      FileNotFoundError: this is an installation without notebooks.
+    """
+    if not (NOTEBOOKS / name).exists():
+        raise FileNotFoundError(
+            f"`dpnb run` executes the notebooks of a source checkout, and {NOTEBOOKS} has none; "
+            "clone the repository and `pip install -e .` there"
+        )
+    return NOTEBOOKS / name
+
+
+def data_parameters(options) -> dict[str, str]:
+    """Returns data_dir, data_file and data_note for a notebook, which runs in another folder."""
+    return dict(
+        data_dir=str(options.data_dir and pathlib.Path(options.data_dir).absolute()),
+        data_file=str(options.data_file and pathlib.Path(options.data_file).absolute()),
+        data_note=options.data_note,
+    )
 
 
 def table(options) -> int:

@@ -54,7 +54,7 @@ WRN = Experiment(
     paper_source=WHY,
 )
 TABLE = [*DEMO, WRN]
-NOTEBOOKS = {"digits/demo": "demo.ipynb"}
+STUDIES = {"digits/demo": "demo.ipynb"}
 PRESETS = {
     "smoke": dict(steps=60),
     "teach": {},
