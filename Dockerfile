@@ -5,7 +5,7 @@ RUN useradd --create-home dpnb
 WORKDIR /home/dpnb
 COPY --chown=dpnb . .
 USER dpnb
-RUN make .venv/.lab .venv/.test
+RUN make .venv/.lab .venv/.test && mkdir runs
 ENV PATH=/home/dpnb/.venv/bin:$PATH
 EXPOSE 8888
 CMD ["make", "lab", "LAB_OPTIONS=--ip=0.0.0.0 --no-browser"]

@@ -7,6 +7,7 @@ import functools
 import importlib.metadata
 import itertools
 import json
+import operator
 import os
 import pathlib
 import platform
@@ -38,6 +39,7 @@ except BaseException as error:
 print("\n" + json.dumps(found))
 """
 PATIENCE = 60.0  # seconds for it
+NVIDIA = "/proc/driver/nvidia/version"  # is there if the driver is
 CGROUPS = pathlib.Path("/sys/fs/cgroup")
 MEMORY = ("memory.max", "memory.current", "memory.stat")
 
@@ -124,11 +126,11 @@ def packages() -> list[Line]:
     lines, wrong = [], {}
     for name, askers in _needed().items():
         version = cache.versions(name)[name]
-        for asker, range_ in askers.items():
-            if not version or not range_.contains(version, prereleases=True):
-                wrong[f"{name} is {version or 'missing'}, {asker} needs {range_ or 'it'}"] = (
-                    f"'{name}{range_}'"
-                )
+        unmet = {a: r for a, r in askers.items() if not version or not r.contains(version, prereleases=True)}
+        if unmet:
+            said = ", ".join(f"{asker} needs {range_ or 'it'}" for asker, range_ in unmet.items())
+            range_ = functools.reduce(operator.and_, askers.values())
+            wrong[f"{name} is {version or 'missing'} ({said})"] = f"'{name}{range_}'"
     if wrong:
         todo = f"run: python -m pip install {' '.join(wrong.values())}"
         lines.append(Line("problem", "packages", f"{', '.join(wrong)}; {todo}"))
@@ -141,7 +143,7 @@ def packages() -> list[Line]:
     if differ:
         todo = "if a run fails, try it with those"
         lines.append(Line("note", "packages", f"not as constraints.txt has it: {', '.join(differ)}; {todo}"))
-    count = f"{len(installed) - len(differ)} packages are as constraints.txt has it for this Python"
+    count = f"as constraints.txt has it for this Python: {len(installed) - len(differ)} packages"
     return [*lines, Line("ok", "packages", f"{said}; {count}")]
 
 
@@ -194,7 +196,7 @@ def devices() -> list[Line]:
         room = f", {readable_size(min(free))} free for arrays" if free else ""
         texts.append(f"{len(memory)} x {' '.join(dict.fromkeys(kind))}{room}")
     text = "; ".join(texts)
-    if {d[0] for d in found} == {"cpu"} and os.path.exists("/proc/driver/nvidia/version"):
+    if {d[0] for d in found} == {"cpu"} and os.path.exists(NVIDIA):
         asked = os.environ.get("JAX_PLATFORMS")
         todo = f"JAX_PLATFORMS is {asked}" if asked else "install jax[cuda12] or jax[cuda13], by the driver"
         return [Line("note", "JAX", f"{text}, but there is an NVIDIA driver; {todo}")]
@@ -258,7 +260,7 @@ def runs(out: pathlib.Path) -> list[Line]:
     try:
         with tempfile.TemporaryDirectory(dir=_nearest(out), prefix=".dpnb-doctor-") as folder:
             path, budget = pathlib.Path(folder, "ledger.jsonl"), PrivacyBudget(1.0, 1e-5)
-            with warnings.catch_warnings(action="error"), Ledger(path, budget):
+            with warnings.catch_warnings(action="error", category=UserWarning), Ledger(path, budget):
                 try:
                     Ledger(path, budget).close()
                     return [Line("problem", "runs", f"in {out} a lock keeps nobody out; {todo}")]
