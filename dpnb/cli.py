@@ -1,4 +1,4 @@
-"""`dpnb list | run | table | verify | cache`: a thin shell over papermill and the records."""
+"""`dpnb list | run | table | verify | cache | doctor`: a thin shell over papermill and the records."""
 
 import argparse
 import ast
@@ -17,7 +17,7 @@ import dpnb
 from dpnb import cache, experiments
 from dpnb.execution import NotebookFailed, execute, known_parameters
 from dpnb.experiments import Experiment, cifar10, digits, studies
-from dpnb.files import private_folder, writable_folder, write_atomic
+from dpnb.files import private_folder, readable_size, writable_folder, write_atomic
 
 NOTEBOOKS = pathlib.Path(__file__).parents[1] / "notebooks"
 NOTEBOOK = "cifar10_from_scratch.ipynb"
@@ -106,8 +106,13 @@ def main(arguments: list[str] | None = None) -> int:
     add = commands.add_parser("cache", help="list or clear what is kept on disk because it is slow to make")
     add.add_argument("--clear", nargs="?", const="all", choices=("all", *cache.KINDS), metavar="KIND",
                      help=f"remove it all, or one of {', '.join(cache.KINDS)}")  # fmt: skip
+    add = commands.add_parser("doctor", help="one screen about this installation, for a bug report")
+    add.add_argument("--out", default="runs", help="directory of runs that is tried")
+    add.add_argument("--data-dir", default=None, help="TFDS directory")
     options = parser.parse_args(arguments)
-    run_command = {"list": list_, "run": run, "table": table, "verify": verify, "cache": cache_}
+    run_command = {
+        "list": list_, "run": run, "table": table, "verify": verify, "cache": cache_, "doctor": doctor_,
+    }  # fmt: skip
     try:
         with left_out_in_one_line():
             return run_command[options.command](options)
@@ -378,23 +383,23 @@ def cache_(options) -> int:
     """Prints a line for each entry of the cache on disk, the last used first, or clears it."""
     if options.clear:
         freed = cache.clear(None if options.clear == "all" else options.clear)
-        print(f"{_size(freed)} removed from {cache.folder()}")
+        print(f"{readable_size(freed)} removed from {cache.folder()}")
         return 0
     found = cache.entries()[::-1]
     for entry in found:
         age, idle = (_ago(seconds) for seconds in (entry.age, entry.idle))
-        print(f"{entry.kind:10} {_size(entry.size):>9}  made {age:>9}, used {idle:>9}  {entry.what}")
-    print(f"{_size(sum(e.size for e in found))} of {_size(cache.bound())} in {cache.folder()}")
+        print(f"{entry.kind:10} {readable_size(entry.size):>9}  made {age:>9}, used {idle:>9}  {entry.what}")
+    print(
+        f"{readable_size(sum(e.size for e in found))} of {readable_size(cache.bound())} in {cache.folder()}"
+    )
     return 0
 
 
-def _size(count: int) -> str:
-    """
-    >>> _size(400), _size(3 * 2**20), _size(5 * 2**30)
-    ('0.4 KiB', '3.0 MiB', '5.0 GiB')
-    """
-    power = 1 + (count >= 2**20) + (count >= 2**30)
-    return f"{count / 2 ** (10 * power):.1f} {'KMG'[power - 1]}iB"
+def doctor_(options) -> int:
+    """Prints what a bug report needs to say of this installation; returns 1 if something is wrong with it."""
+    from dpnb import doctor
+
+    return doctor.report(options.out, options.data_dir)
 
 
 def _ago(seconds: float) -> str:

@@ -22,7 +22,7 @@ def _demo(name: str, epsilon: float, learning_rate: float, **changes) -> Experim
         augmult=0,
         learning_rate=learning_rate,
         ema_decay=0.9,
-        physical_batch_size=64,
+        physical_batch_size=16,
         eval_every=0,
         paper_source=WHY,
         **changes,
