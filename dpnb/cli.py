@@ -15,7 +15,7 @@ from typing import Any
 
 import dpnb
 from dpnb import cache, experiments
-from dpnb.execution import NotebookFailed, execute, known_parameters
+from dpnb.commands.execution import NotebookFailed, execute, known_parameters
 from dpnb.experiments import Experiment, cifar10, digits, studies
 from dpnb.files import private_folder, readable_size, writable_folder, write_atomic
 
@@ -397,7 +397,7 @@ def cache_(options) -> int:
 
 def doctor_(options) -> int:
     """Prints what a bug report needs to say of this installation; returns 1 if something is wrong with it."""
-    from dpnb import doctor
+    from dpnb.commands import doctor
 
     return doctor.report(options.out, options.data_dir)
 

@@ -39,7 +39,7 @@ def test_list(capsys):
     assert [line.split()[0] for line in lines] == experiments.names()
     assert "81.4 +- 0.2 %" in next(line for line in lines if line.startswith("cifar10/wrn-40-4/eps8"))
     assert cli.main(["list", "digits/*"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 1
+    assert len(capsys.readouterr().out.splitlines()) == 5
 
 
 def test_unknown_name_suggests(capsys, here):

@@ -10,7 +10,8 @@ import sys
 import pytest
 from shared_runs import ROOT
 
-from dpnb import cache, cli, doctor
+from dpnb import cache, cli
+from dpnb.commands import doctor
 from dpnb.data import DataError, tfds
 
 
@@ -105,7 +106,7 @@ def test_missing_packages_and_broken_ranges(versions, pinned):
 
 def test_without_constraints(here, monkeypatch):
     assert doctor.constraints() == ROOT / "constraints.txt"
-    monkeypatch.setattr(doctor, "__file__", str(here / "site" / "dpnb" / "doctor.py"))
+    monkeypatch.setattr(doctor, "__file__", str(here / "site" / "dpnb" / "commands" / "doctor.py"))
     assert doctor.constraints() is None
     assert [line.level for line in doctor.packages()][-1] == "note"
     wheels = here / "site" / "dpnb" / "share" / "constraints.txt"
@@ -115,7 +116,7 @@ def test_without_constraints(here, monkeypatch):
 
 
 def test_another_dpnb_than_the_installed_one(here, monkeypatch):
-    monkeypatch.setattr(doctor, "__file__", str(here / "elsewhere" / "dpnb" / "doctor.py"))
+    monkeypatch.setattr(doctor, "__file__", str(here / "elsewhere" / "dpnb" / "commands" / "doctor.py"))
     line, _ = doctor.installation()
     assert line.level == "note" and str(here / "elsewhere") in line.text and "but installed is" in line.text
 

@@ -23,7 +23,7 @@ FLOORS = (
     ("experiments",),
     ("training",),
     ("results",),
-    ("audit", "plots", "sweep", "doctor"),
+    ("audit", "plots", "sweep", "commands"),
     ("cli",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -28,7 +28,7 @@ def run(clock, bar, durations, **more):
 @pytest.mark.parametrize("total", [1, 3, 19, 39, 60, 1000, 2468])
 def test_few_plain_lines(clock, capsys, total):
     with progress.Progress(total) as bar:
-        run(clock, bar, [2.0] * total)
+        run(clock, bar, [0.4] * total)
     out, err = capsys.readouterr()
     lines = out.splitlines()
     assert 1 <= len(lines) <= 21 and "\r" not in out + err

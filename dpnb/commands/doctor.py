@@ -92,7 +92,7 @@ def _shown(line: Line) -> str:
 
 def constraints() -> pathlib.Path | None:
     """Returns the file of the versions that dpnb was tested with: a checkout's, or a wheel's own; None if there is none."""
-    here = pathlib.Path(__file__).parent
+    here = pathlib.Path(__file__).parents[1]
     places = (here.parent / "constraints.txt", here / "share" / "constraints.txt")
     return next((path for path in places if path.is_file()), None)
 
@@ -101,7 +101,7 @@ def installation() -> list[Line]:
     """Version, place and revision of dpnb, and the Python that runs it."""
     from dpnb.results import provenance
 
-    root = pathlib.Path(__file__).resolve().parents[1]
+    root = pathlib.Path(__file__).resolve().parents[2]
     checkout = (root / "pyproject.toml").is_file()
     where = (
         f"checkout {root}, revision {provenance.git_revision() or 'unknown'}" if checkout else f"in {root}"
