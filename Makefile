@@ -1,6 +1,7 @@
 # `make demo` and `make test` do all the set-up they need on a fresh machine (Python >= 3.11).
 PYTHON ?= python3
 VENV ?= .venv
+LAB_OPTIONS ?=
 BIN := $(VENV)/bin
 COVERAGE := import sys; print("--cov --cov-report=term" if sys.version_info >= (3, 12) else "")
 WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
@@ -35,7 +36,7 @@ test-newest:
 	$(MAKE) test VENV=.venv-newest CONSTRAINTS=--upgrade
 
 lab: $(VENV)/.lab
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab $(LAB_OPTIONS) notebooks
 
 # The newest packages that pyproject.toml allows on every Python it allows: what the other targets install.
 constraints: $(VENV)/bin/python

@@ -1,7 +1,7 @@
 """Trains one experiment on an array file, in as many sittings as it takes, with nothing but JAX's own packages.
 
     python benchmarks/cell.py cifar10/wrn-16-4/eps1 runs/eps1 --data-file cifar10.npz --minutes 9
-    python benchmarks/cell.py digits/demo runs/digits --preset smoke                     # two minutes on a CPU
+    python benchmarks/cell.py digits/wrn-10-1 runs/digits --preset smoke                     # two minutes on a CPU
 
 For a borrowed accelerator, where `dpnb run` would need notebooks: it prints what it has spent, stops in time with a
 checkpoint, and goes on from there when it is called again.  A finished run leaves its record and its

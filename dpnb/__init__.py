@@ -5,8 +5,6 @@ What most programs need has its name here; everything else lies in the packages,
 when it is first used.
 """
 
-import os
-import pathlib
 from typing import TYPE_CHECKING
 
 from dpnb import lazy
@@ -47,6 +45,7 @@ def use_compilation_cache(directory: str | None = None) -> None:
     """
     import jax
 
-    directory = directory or os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    jax.config.update("jax_compilation_cache_dir", directory or str(pathlib.Path.home() / ".cache" / "dpnb"))
+    from dpnb import cache
+
+    jax.config.update("jax_compilation_cache_dir", directory or str(cache.compiled_folder()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

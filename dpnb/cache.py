@@ -75,6 +75,13 @@ def folder() -> pathlib.Path:
     return root
 
 
+def compiled_folder() -> pathlib.Path:
+    """The folder of JAX's compiled programs: `$JAX_COMPILATION_CACHE_DIR`, else `~/.cache/dpnb`."""
+    return pathlib.Path(
+        os.environ.get("JAX_COMPILATION_CACHE_DIR") or pathlib.Path.home() / ".cache" / "dpnb"
+    )
+
+
 def bound() -> int:
     """The largest size of the cache in bytes: `$DPNB_CACHE_GIB` GiB, else `GIB`; 0 means no cache.
 

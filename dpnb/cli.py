@@ -1,4 +1,4 @@
-"""`dpnb list | run | table | verify | notebooks | cache`: a thin shell over papermill and the records."""
+"""`dpnb list | run | table | verify | notebooks | cache | doctor`: a thin shell over papermill and the records."""
 
 import argparse
 import ast
@@ -15,8 +15,10 @@ from typing import Any
 
 import dpnb
 from dpnb import cache, experiments, folders
-from dpnb.experiments import Experiment, cifar10, studies
-from dpnb.files import private_folder, writable_folder, write_atomic
+from dpnb.commands.copying import copy_notebooks
+from dpnb.commands.execution import NotebookFailed, execute, known_parameters
+from dpnb.experiments import Experiment, cifar10, digits, studies
+from dpnb.files import private_folder, readable_size, writable_folder, write_atomic
 
 NOTEBOOK = "cifar10_from_scratch.ipynb"
 FIELDS = {f.name: f.type for f in dataclasses.fields(experiments.Experiment)}
@@ -27,9 +29,12 @@ OPTIONS = {
 }  # fmt: skip
 # By the first part of a name, or its first two; else NOTEBOOK.
 NOTEBOOKS_OF = {"pretrain": "pretrain_public.ipynb", "imagenet/scratch": "imagenet_from_scratch.ipynb"}
-FIGURES = {f"cifar10/{study}": notebook for study, notebook in studies.STUDIES.items()}
-FIGURES |= {f"{name}/finetune": "cifar_finetune.ipynb" for name in ("cifar10", "cifar100")}
+FIGURES = {f"{name}/finetune": "cifar_finetune.ipynb" for name in ("cifar10", "cifar100")}
 FIGURES |= {f"{name}/finetune": "imagenet_finetune.ipynb" for name in ("imagenet", "places365")}
+# What `dpnb run STUDY` executes, with the cells STUDY/*.
+STUDY_NOTEBOOKS = {f"cifar10/{study}": notebook for study, notebook in studies.STUDIES.items()}
+FIGURES |= STUDY_NOTEBOOKS
+STUDY_NOTEBOOKS |= digits.STUDIES
 RECORDS = "directory of records (default: results, else those that come with dpnb)"
 # The rows of the table in the README, (experiment, preset).
 README_ROWS = (
@@ -67,7 +72,9 @@ def main(arguments: list[str] | None = None) -> int:
         epilog="hyper-parameters for --set KEY=VALUE, by group:\n\n" + experiments.describe_fields(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add.add_argument("name", help="as `dpnb list` shows it, or a shell pattern of several: a sweep")
+    add.add_argument(
+        "name", help="as `dpnb list` shows it, a study of several (digits/demo), or a shell pattern: a sweep"
+    )
     add.add_argument("--preset", choices=experiments.PRESETS, default="smoke")
     add.add_argument(
         "--set",
@@ -103,15 +110,24 @@ def main(arguments: list[str] | None = None) -> int:
     add = commands.add_parser("cache", help="list or clear what is kept on disk because it is slow to make")
     add.add_argument("--clear", nargs="?", const="all", choices=("all", *cache.KINDS), metavar="KIND",
                      help=f"remove it all, or one of {', '.join(cache.KINDS)}")  # fmt: skip
+    add = commands.add_parser("doctor", help="one screen about this installation, for a bug report")
+    add.add_argument("--out", default="runs", help="directory of runs that is tried")
+    add.add_argument("--data-dir", default=None, help="TFDS directory")
     options = parser.parse_args(arguments)
-    run_command = {"list": list_, "run": run, "table": table, "verify": verify, "cache": cache_}
-    run_command["notebooks"] = notebooks
+    run_command = {
+        "list": list_, "run": run, "table": table, "verify": verify, "notebooks": notebooks, "cache": cache_,
+        "doctor": doctor_,
+    }  # fmt: skip
     try:
         with left_out_in_one_line():
             return run_command[options.command](options)
     except BrokenPipeError:  # `dpnb list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except NotebookFailed as failed:
+        print(f"dpnb: {options.name} failed: {failed}", file=sys.stderr)
+        print(f"dpnb: the notebook up to there is {failed.unfinished}")
+        return 1
     except OSError as error:
         named = error.strerror and error.filename is not None
         print(f"dpnb: {f'{error.filename}: {error.strerror}' if named else error}", file=sys.stderr)
@@ -255,10 +271,35 @@ def run_sweep(options) -> int:
     return 1 if made.failures else 0
 
 
-def run(options) -> int:
-    """Executes the notebook of one experiment with papermill, or hands several to `run_sweep`; prints the row."""
+def run_study(options) -> int:
+    """Executes the notebook of a study, which trains what is not finished and shows tables and figures."""
     from dpnb import sweep
 
+    if options.secret_seed or options.seed:
+        raise ValueError("a study runs the published seeds 0 ... N - 1 of each cell; choose N with --seeds")
+    cells, seeds = f"{options.name}/*", 1 if options.seeds is None else options.seeds
+    asked = changes(options.set)
+    sweep.plan(cells, options.preset, seeds, **asked)  # refuses before it starts
+    notebook, root = notebook_of(STUDY_NOTEBOOKS[options.name]), options.out or pathlib.Path("runs")
+    given = dict(pattern=cells, preset=options.preset, seeds=seeds, changes=asked, **data_parameters(options))
+    given["output_dir"] = str(root.absolute())
+    known = known_parameters(notebook)
+    if unknown := [name for name in given if given[name] and name not in known]:
+        raise ValueError(
+            f"{notebook.name} must be given its own parameters, got {', '.join(unknown)} as well"
+        )
+    kept = writable_folder(root / options.name)
+    executed = execute(notebook, {n: v for n, v in given.items() if n in known}, out=kept, kept=kept)
+    print(f"notebook: {executed}")
+    return 0
+
+
+def run(options) -> int:
+    """Executes the notebook of one experiment or study with papermill, or hands several to `run_sweep`."""
+    from dpnb import sweep
+
+    if options.name in STUDY_NOTEBOOKS:
+        return run_study(options)
     if several(options):
         return run_sweep(options)
     asked = changes(options.set)
@@ -269,36 +310,17 @@ def run(options) -> int:
     e = experiments.get(options.name, options.preset, seed=seed, **asked)  # refuses before it starts
     out = options.out or sweep.directory("runs", e)
     parameters = dict(
-        experiment=options.name, preset=options.preset, seed=seed, changes=asked,
-        data_dir=str(options.data_dir and pathlib.Path(options.data_dir).absolute()),
-        data_file=str(options.data_file and pathlib.Path(options.data_file).absolute()),
-        data_note=options.data_note, output_dir=str(out.absolute()),
+        experiment=options.name, preset=options.preset, seed=seed, changes=asked, **data_parameters(options),
+        output_dir=str(out.absolute()),
     )  # fmt: skip
     first, *rest = options.name.split("/")
     if first == "pretrain" and e.seed is None:
         raise ValueError("pre-training promises no privacy, so its seed is public; leave out --secret-seed")
-    notebook = NOTEBOOKS_OF.get("/".join([first, *rest[:1]]), NOTEBOOKS_OF.get(first, NOTEBOOK))
-    if not (folders.NOTEBOOKS / notebook).exists():
-        raise FileNotFoundError(
-            f"`dpnb run` executes a notebook, and there is no {folders.NOTEBOOKS / notebook}; install dpnb again"
-        )
-    os.environ.setdefault("DPNB_PROGRESS", "plain")
-    import papermill
-
+    name = NOTEBOOKS_OF.get("/".join([first, *rest[:1]]), NOTEBOOKS_OF.get(first, NOTEBOOK))
+    notebook = notebook_of(name)
     # The executed notebook of a secret run shows training images; a copy without them comes beside the weights.
     private = private_folder(writable_folder(out), e.seed is None)
-    executed, unfinished = private / notebook, private / f"unfinished-{notebook}"
-    try:
-        papermill.execute_notebook(
-            _braced(folders.NOTEBOOKS / notebook), _braced(unfinished), parameters, cwd=out, log_output=False,
-            progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr, kernel_name="python3",
-        )  # fmt: skip
-    except (papermill.PapermillExecutionError, RuntimeError) as error:  # a cell's error, or the kernel died
-        why = f"{error.ename}: {error.evalue}" if hasattr(error, "ename") else error
-        print(f"dpnb: {options.name} failed: {why}", file=sys.stderr)
-        print(f"dpnb: the notebook up to there is {unfinished}")
-        return 1
-    unfinished.replace(executed)  # only now: a refused run leaves an earlier one's notebook alone
+    executed = execute(notebook, parameters, out=out, kept=private)
     from dpnb import results
     from dpnb.results import release
 
@@ -309,14 +331,31 @@ def run(options) -> int:
     print(f"record: {record}\nfigure: {private / 'curve.png'}\nnotebook: {executed}")
     if released:
         copy = release.notebook(json.loads(executed.read_text()))
-        write_atomic(folder / notebook, json.dumps(copy, indent=1, ensure_ascii=False) + "\n")
+        write_atomic(folder / name, json.dumps(copy, indent=1, ensure_ascii=False) + "\n")
         print(f"may be published, see privacy.md there: {folder}")
     return 0
 
 
-def _braced(path: pathlib.Path) -> str:
-    """Returns a path as papermill takes it, which formats it with the parameters: braces are doubled."""
-    return str(path).replace("{", "{{").replace("}", "}}")
+def notebook_of(name: str) -> pathlib.Path:
+    """Returns the path of a notebook.
+
+    Raises:
+      FileNotFoundError: this is an installation without notebooks.
+    """
+    if not (folders.NOTEBOOKS / name).exists():
+        raise FileNotFoundError(
+            f"`dpnb run` executes a notebook, and there is no {folders.NOTEBOOKS / name}; install dpnb again"
+        )
+    return folders.NOTEBOOKS / name
+
+
+def data_parameters(options) -> dict[str, str]:
+    """Returns data_dir, data_file and data_note for a notebook, which runs in another folder."""
+    return dict(
+        data_dir=str(options.data_dir and pathlib.Path(options.data_dir).absolute()),
+        data_file=str(options.data_file and pathlib.Path(options.data_file).absolute()),
+        data_note=options.data_note,
+    )
 
 
 def table(options) -> int:
@@ -352,7 +391,7 @@ def verify(options) -> int:
 
 def notebooks(options) -> int:
     """Copies the notebooks to a directory, and prints which were there already."""
-    copied, left = folders.copy_notebooks(options.directory)
+    copied, left = copy_notebooks(options.directory)
     print(f"notebooks copied to {options.directory}: {len(copied)}")
     if left:
         print(f"left alone, since they are there: {', '.join(map(str, left))}")
@@ -363,23 +402,23 @@ def cache_(options) -> int:
     """Prints a line for each entry of the cache on disk, the last used first, or clears it."""
     if options.clear:
         freed = cache.clear(None if options.clear == "all" else options.clear)
-        print(f"{_size(freed)} removed from {cache.folder()}")
+        print(f"{readable_size(freed)} removed from {cache.folder()}")
         return 0
     found = cache.entries()[::-1]
     for entry in found:
         age, idle = (_ago(seconds) for seconds in (entry.age, entry.idle))
-        print(f"{entry.kind:10} {_size(entry.size):>9}  made {age:>9}, used {idle:>9}  {entry.what}")
-    print(f"{_size(sum(e.size for e in found))} of {_size(cache.bound())} in {cache.folder()}")
+        print(f"{entry.kind:10} {readable_size(entry.size):>9}  made {age:>9}, used {idle:>9}  {entry.what}")
+    print(
+        f"{readable_size(sum(e.size for e in found))} of {readable_size(cache.bound())} in {cache.folder()}"
+    )
     return 0
 
 
-def _size(count: int) -> str:
-    """
-    >>> _size(400), _size(3 * 2**20), _size(5 * 2**30)
-    ('0.4 KiB', '3.0 MiB', '5.0 GiB')
-    """
-    power = 1 + (count >= 2**20) + (count >= 2**30)
-    return f"{count / 2 ** (10 * power):.1f} {'KMG'[power - 1]}iB"
+def doctor_(options) -> int:
+    """Prints what a bug report needs to say of this installation; returns 1 if something is wrong with it."""
+    from dpnb.commands import doctor
+
+    return doctor.report(options.out, options.data_dir)
 
 
 def _ago(seconds: float) -> str:

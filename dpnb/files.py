@@ -120,3 +120,13 @@ def private_folder(directory: str | pathlib.Path, secret: bool) -> pathlib.Path:
         folder.mkdir(mode=0o700, exist_ok=True)
         folder.chmod(0o700)
     return folder
+
+
+def readable_size(count: int) -> str:
+    """Returns a number of bytes in KiB, MiB or GiB.
+
+    >>> readable_size(400), readable_size(3 * 2**20), readable_size(5 * 2**30)
+    ('0.4 KiB', '3.0 MiB', '5.0 GiB')
+    """
+    power = 1 + (count >= 2**20) + (count >= 2**30)
+    return f"{count / 2 ** (10 * power):.1f} {'KMG'[power - 1]}iB"

@@ -74,6 +74,23 @@ def views(images: np.ndarray, titles: list[str], first: str = "original") -> Fig
     return figure
 
 
+def gallery(images: np.ndarray, titles: tuple[str, ...]) -> Figure:
+    """Shows columns of small pictures without gaps.
+
+    Args:
+      images: uint8 [rows, columns, h, w, 3].
+      titles: one per column.
+    """
+    rows, columns, height, width, _ = images.shape
+    whole = images.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, 3)
+    figure, axis = plt.subplots(figsize=(0.8 * columns, 0.8 * rows + 0.3), layout="constrained")
+    axis.imshow(whole)
+    axis.set_xticks(width * (np.arange(columns) + 0.5), titles)
+    axis.set_yticks([])
+    axis.tick_params(length=0, top=False, labeltop=True, labelbottom=False)
+    return figure
+
+
 def confusion(labels: np.ndarray, predictions: np.ndarray, classes: tuple[str, ...]) -> Figure:
     """Plots the confusion matrix in percent of each true class.
 
@@ -226,6 +243,38 @@ def grid(frame, rows: str, columns: str, title: str) -> Figure:
 
 
 MARKERS = "osv^D<>Pp*hX8d"
+
+
+def price_of_privacy(frame, title: str, chance: float) -> Figure:
+    """Plots test accuracy against epsilon, beside that of the same training without privacy.
+
+    Args:
+      frame: from `dpnb.results.summary`, of cells that differ in their budget; those without runs are left out.
+      title: above the figure.
+      chance: accuracy of a guess, in percent.
+    """
+    ran = frame[frame["n"] > 0].sort_values("epsilon")
+    private, free = ran[np.isfinite(ran["epsilon"])], ran[~np.isfinite(ran["epsilon"])]
+    figure, axis = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    axis.errorbar(
+        private["epsilon"], private["ema"], yerr=private["ema_std"].fillna(0), fmt="ko-", capsize=3,
+        linewidth=2, label="private",
+    )  # fmt: skip
+    for epsilon, accuracy in zip(private["epsilon"], private["ema"], strict=True):
+        axis.annotate(
+            f"{accuracy:.1f} %", (epsilon, accuracy), (0, -14), textcoords="offset points", ha="center"
+        )
+    for accuracy in free["ema"]:
+        axis.axhline(accuracy, color="C0", linestyle="--", label=f"not private: {accuracy:.1f} %")
+    axis.axhline(chance, color="grey", linestyle=":", label=f"guessing: {chance:g} %")
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(private["epsilon"], [f"{epsilon:.3g}" for epsilon in private["epsilon"]])
+    axis.minorticks_off()
+    axis.set(xlabel="epsilon (less is more private)", ylabel="test accuracy (%)", ylim=(0, 103), title=title)
+    axis.margins(x=0.12)
+    axis.grid(alpha=0.3)
+    axis.legend(loc="lower right", title=f"{results.counts(ran)} runs of each")
+    return figure
 
 
 def accuracy_epsilon(series: dict[str, list[tuple[float, float, float | None]]], title: str) -> Figure:

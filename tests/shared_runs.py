@@ -79,10 +79,10 @@ def execute(name, folder, **given):
 
 @functools.cache
 def demo() -> types.SimpleNamespace:
-    """`dpnb run digits/demo`, three updates long: its output directory, what it printed, how it ended."""
+    """`dpnb run digits/wrn-10-1`, three updates long: its output directory, what it printed, how it ended."""
     out = temporary("demo")
     sets = [f"--set={pair}" for pair in SMALL]
-    done = python("-m", "dpnb.cli", "run", "digits/demo", "--preset=smoke", *sets, f"--out={out}")
+    done = python("-m", "dpnb.cli", "run", "digits/wrn-10-1", "--preset=smoke", *sets, f"--out={out}")
     return types.SimpleNamespace(out=out, stdout=done.stdout, stderr=done.stderr, returncode=done.returncode)
 
 

@@ -40,7 +40,7 @@ def test_list(capsys):
     assert [line.split()[0] for line in lines] == experiments.names()
     assert "81.4 +- 0.2 %" in next(line for line in lines if line.startswith("cifar10/wrn-40-4/eps8"))
     assert cli.main(["list", "digits/*"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 1
+    assert len(capsys.readouterr().out.splitlines()) == 5
 
 
 def test_unknown_name_suggests(capsys, here):
@@ -84,7 +84,7 @@ def test_unknown_name_suggests(capsys, here):
     ],
 )
 def test_bad_arguments_do_nothing(capsys, here, arguments, named):
-    assert named in refusal(capsys, "run", "digits/demo", *arguments)
+    assert named in refusal(capsys, "run", "digits/wrn-10-1", *arguments)
     assert not list(here.iterdir())
 
 
@@ -104,8 +104,8 @@ def test_cells_that_nobody_outside_can_run_say_so(capsys, here):
 
 def test_an_installation_without_notebooks_says_so(capsys, here, monkeypatch):
     monkeypatch.setattr(folders, "NOTEBOOKS", here / "no notebooks")
-    assert "install dpnb again" in refusal(capsys, "run", "digits/demo")
-    assert "install it again" in refusal(capsys, "notebooks", str(here))
+    assert "install dpnb again" in refusal(capsys, "run", "digits/wrn-10-1")
+    assert "install dpnb again" in refusal(capsys, "notebooks", str(here))
     assert not list(here.iterdir())
 
 
@@ -185,11 +185,11 @@ def test_a_failing_notebook_is_reported(here):
     """A missing data file fails in the notebook's own words; exit status 1, and the notebook to look at."""
     missing = here / "missing.npz"
     done = shared_runs.python(
-        "-m", "dpnb.cli", "run", "digits/demo", f"--data-file={missing}", f"--out={here / 'out'}"
+        "-m", "dpnb.cli", "run", "digits/wrn-10-1", f"--data-file={missing}", f"--out={here / 'out'}"
     )
     assert done.returncode == 1
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("dpnb: ")]
-    assert "digits/demo failed: DataError" in line and str(missing) in line
+    assert "digits/wrn-10-1 failed: DataError" in line and str(missing) in line
     executed = here / "out" / "unfinished-cifar10_from_scratch.ipynb"
     assert str(executed) in done.stdout and not (here / "out" / "result.json").exists()
     errors = [

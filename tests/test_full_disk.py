@@ -203,7 +203,7 @@ def test_braces_in_a_folder_are_text(tmp_path, monkeypatch, capsys):
     )
     monkeypatch.setattr(folders, "NOTEBOOKS", notebooks)
     monkeypatch.setenv("HOME", "/dev/null/home")
-    assert cli.main(["run", "digits/demo", "--out", str(out)]) == 0, capsys.readouterr().err
+    assert cli.main(["run", "digits/wrn-10-1", "--out", str(out)]) == 0, capsys.readouterr().err
     assert f"record: {out / 'result.json'}" in capsys.readouterr().out
     assert {p.name for p in out.iterdir()} == {"result.json", cli.NOTEBOOK}
     assert {p.name for p in tmp_path.iterdir()} == {out.name, notebooks.name}

@@ -12,12 +12,14 @@ from shared_runs import ROOT
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
-def test_environment_yml_holds_the_same_packages_and_ranges():
+def test_environment_yml_leaves_packages_to_pyproject_and_the_constraints():
+    """Conda writes the part for pip to a file beside environment.yml, and calls pip there."""
     conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     (pip,) = (entry["pip"] for entry in conda if isinstance(entry, dict))
-    extras = PYPROJECT["optional-dependencies"]
-    assert sorted(pip) == sorted([*PYPROJECT["dependencies"], *extras["lab"], *extras["test"], "-e ."])
-    assert f"python{PYPROJECT['requires-python']}" in conda
+    extras = ",".join(PYPROJECT["optional-dependencies"])
+    assert pip == ["--constraint constraints.txt", f"-e .[{extras}]"]
+    assert f"python{PYPROJECT['requires-python']},<3.14" in conda
+    assert (ROOT / "constraints.txt").is_file()
 
 
 @pytest.mark.parametrize(

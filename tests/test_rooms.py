@@ -15,15 +15,15 @@ PACKAGE = pathlib.Path(dpnb.__file__).parent
 # From the ground up. An import, lazy ones included, runs from a later room to an earlier one or stays inside;
 # rooms on one floor do not see each other.
 FLOORS = (
-    ("lazy", "files"),
-    ("cache", "folders"),
+    ("lazy", "files", "folders"),
+    ("cache",),
     ("privacy",),
     ("gradients", "data"),
     ("models",),
     ("experiments",),
     ("training",),
     ("results",),
-    ("audit", "plots", "sweep"),
+    ("audit", "plots", "sweep", "commands"),
     ("cli",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -30,8 +30,8 @@ def interactive() -> bool:
 class Progress:
     """Counts updates from `start` to `total`, and shows numbers beside them.
 
-    In a batch job it prints a line for every twentieth of the run, and whenever more than `seconds` have
-    passed since the last. Speed and time left leave out the first update of this process, most of which is
+    In a batch job it prints a line for every twentieth of the run, but no more than one in a second, and whenever
+    more than `seconds` have passed since the last. Speed and time left leave out the first update of this process, most of which is
     compilation.
     """
 
@@ -70,7 +70,8 @@ class Progress:
             self.bar.update()
             return
         every = -(-self.total // 20)
-        if self.done % every == 0 or self.done == self.total or now - self.printed > self.seconds:
+        due = self.seconds if self.done % every else 1.0
+        if now - self.printed >= due or self.done == self.total:
             self.printed = now
             left = "-" if first else f"{elapsed / timed * (self.total - self.done) / 60:.1f} min"
             numbers = "  ".join(f"{k} {v}" for k, v in shown.items())

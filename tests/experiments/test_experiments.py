@@ -41,12 +41,12 @@ def test_there_are_no_other_cells():
 
 def test_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        experiments.get("digits/demo").steps = 3
+        experiments.get("digits/wrn-10-1").steps = 3
 
 
 def test_unknown_field():
     with pytest.raises(TypeError, match="learning_rat"):
-        experiments.get("digits/demo", learning_rat=1.0)
+        experiments.get("digits/wrn-10-1", learning_rat=1.0)
     with pytest.raises(TypeError, match="nesterov"):
         Experiment("x").replace(nesterov=True)
 
@@ -62,8 +62,8 @@ BAD = [
 @pytest.mark.parametrize(("field", "value"), BAD)
 def test_bad_values_name_the_field_and_what_came(field, value):
     with pytest.raises(ValueError, match=field) as error:
-        experiments.get("digits/demo", **{field: value})
-    assert repr(value) in str(error.value) and "digits/demo" in str(error.value)
+        experiments.get("digits/wrn-10-1", **{field: value})
+    assert repr(value) in str(error.value) and "digits/wrn-10-1" in str(error.value)
 
 
 def test_only_one_is_calibrated():
@@ -77,7 +77,7 @@ def test_unknown_name_suggests():
     with pytest.raises(KeyError, match="cifar10/wrn-16-4/eps8"):
         experiments.get("cifar10/wrn164/eps8")
     with pytest.raises(ValueError, match="smoke.*'tiny'"):
-        experiments.get("digits/demo", "tiny")
+        experiments.get("digits/wrn-10-1", "tiny")
 
 
 def test_another_data_set_has_no_number_of_the_paper_beside_it():

@@ -13,7 +13,7 @@ from dpnb.experiments import Experiment
 from dpnb.experiments.values import Range, canonical
 from dpnb.models import nf_resnet, registry
 
-BASE = experiments.get("digits/demo", "smoke")
+BASE = experiments.get("digits/wrn-10-1", "smoke")
 FIELDS = {f.name: f for f in dataclasses.fields(Experiment)}
 TYPES = {name: typing.get_args(f.type) or (f.type,) for name, f in FIELDS.items()}
 WHOLE = [name for name, types in TYPES.items() if int in types and float not in types]
@@ -62,7 +62,7 @@ def test_whole_numbers(name):
         2**31 + 0.0,
     ):
         if (name, bad) != ("seed", 2**31):
-            with pytest.raises(ValueError, match=f"^digits/demo: {name} must be a whole number in .*got"):
+            with pytest.raises(ValueError, match=f"^digits/wrn-10-1: {name} must be a whole number in .*got"):
                 BASE.replace(**{name: bad})
 
 
@@ -85,7 +85,7 @@ def test_other_numbers(name):
     for came in (good, float(good), np.float64(good)):
         assert same(getattr(BASE.replace(**{name: came}), name), kept)
     for bad in (math.nan, -math.inf, -0.5, "1", "nan", True, 1e300, 10**400, 1j, [1.0], np.ones(1)):
-        with pytest.raises(ValueError, match=f"^digits/demo: {name} must be a number in .*got"):
+        with pytest.raises(ValueError, match=f"^digits/wrn-10-1: {name} must be a number in .*got"):
             BASE.replace(**{name: bad})
 
 

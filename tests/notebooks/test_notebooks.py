@@ -97,7 +97,7 @@ def test_parameters_are_literals_and_those_that_the_command_line_passes(monkeypa
 
     monkeypatch.setattr(papermill, "execute_notebook", execute)
     with pytest.raises(Passed) as passed:
-        cli.main(["run", "digits/demo", f"--out={tmp_path}", "--set", "steps=3"])
+        cli.main(["run", "digits/wrn-10-1", f"--out={tmp_path}", "--set", "steps=3"])
     (given,) = passed.value.args
     assert set(given) == set(parameters)
     assert given["changes"] == {"steps": 3} and given["output_dir"] == str(tmp_path)

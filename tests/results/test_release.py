@@ -91,10 +91,10 @@ def made(tmp_path):
 
 @pytest.fixture(scope="module")
 def demo():
-    """`dpnb run digits/demo --secret-seed`, three updates long."""
+    """`dpnb run digits/wrn-10-1 --secret-seed`, three updates long."""
     out = shared_runs.temporary("secret-demo")
     sets = [f"--set={pair}" for pair in shared_runs.SMALL]
-    arguments = ("run", "digits/demo", "--preset=smoke", "--secret-seed", *sets, f"--out={out}")
+    arguments = ("run", "digits/wrn-10-1", "--preset=smoke", "--secret-seed", *sets, f"--out={out}")
     done = shared_runs.python("-m", "dpnb.cli", *arguments)
     assert done.returncode == 0, done.stderr
     full, secret = secrets_of(out)
@@ -251,7 +251,7 @@ def test_a_failing_secret_run_leaves_its_notebook_in_private(tmp_path, monkeypat
         raise papermill.PapermillExecutionError(0, 1, "x = loaded", "DataError", "no data", [])
 
     monkeypatch.setattr(papermill, "execute_notebook", fail)
-    assert cli.main(["run", "digits/demo", "--secret-seed", f"--out={tmp_path}"]) == 1
+    assert cli.main(["run", "digits/wrn-10-1", "--secret-seed", f"--out={tmp_path}"]) == 1
     assert str(tmp_path / "private" / "unfinished-cifar10_from_scratch.ipynb") in capsys.readouterr().out
 
 
@@ -281,7 +281,7 @@ def test_the_released_notebook(demo):
     for said in (
         "1500 training and",
         "update",
-        "digits/demo [smoke, seed None]",
+        "digits/wrn-10-1 [smoke, seed None]",
         "NOT protected",
         "left out",
     ):

@@ -32,7 +32,7 @@ def digits():
 def genuine():
     """Six updates of a linear layer on scattered digits with a published seed: directory and record."""
     e = experiments.get(
-        "digits/demo", "smoke", seed=0, network="scatter-linear", augmult=0, epsilon=8.0, steps=6,
+        "digits/wrn-10-1", "smoke", seed=0, network="scatter-linear", augmult=0, epsilon=8.0, steps=6,
         expected_batch_size=64, eval_every=0,
     )  # fmt: skip
     ready, out = features.prepare(e, digits()), shared_runs.temporary("genuine")
@@ -229,7 +229,7 @@ def test_weights_of_another_run(verify, tmp_path):
 
         return files
 
-    for saw in (lambda was: was.replace("digits/demo", WRN), lambda was: was[:-9] + "00000000)"):
+    for saw in (lambda was: was.replace("digits/wrn-10-1", WRN), lambda was: was[:-9] + "00000000)"):
         (line,) = failed(verify(files=says(saw)))
         assert line.startswith("FAIL weights: they saw digits, as")
         shutil.rmtree(tmp_path / "record")

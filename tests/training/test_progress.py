@@ -28,13 +28,20 @@ def run(clock, bar, durations, **more):
 @pytest.mark.parametrize("total", [1, 3, 19, 39, 60, 1000, 2468])
 def test_few_plain_lines(clock, capsys, total):
     with progress.Progress(total) as bar:
-        run(clock, bar, [0.01] * total)
+        run(clock, bar, [0.4] * total)
     out, err = capsys.readouterr()
     lines = out.splitlines()
     assert 1 <= len(lines) <= 21 and "\r" not in out + err
     assert lines[-1].startswith(f"update {total}/{total} ")
     for said in ("loss 1.500", "train 40.0%", "epsilon <= 0.75", "examples/s", "time left"):
         assert said in lines[-1]
+
+
+def test_a_fast_run_prints_no_more_than_a_line_a_second(clock, capsys):
+    with progress.Progress(40) as bar:
+        run(clock, bar, [0.1] * 40)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == ["10/40", "20/40", "30/40", "40/40"]
 
 
 def test_a_slow_run_is_not_silent(clock, capsys):
