@@ -245,35 +245,34 @@ def grid(frame, rows: str, columns: str, title: str) -> Figure:
 MARKERS = "osv^D<>Pp*hX8d"
 
 
-def price_of_privacy(frame, title: str, chance: float) -> Figure:
+def price_of_privacy(frame, title: str) -> Figure:
     """Plots test accuracy against epsilon, beside that of the same training without privacy.
 
     Args:
       frame: from `dpnb.results.summary`, of cells that differ in their budget; those without runs are left out.
       title: above the figure.
-      chance: accuracy of a guess, in percent.
     """
     ran = frame[frame["n"] > 0].sort_values("epsilon")
     private, free = ran[np.isfinite(ran["epsilon"])], ran[~np.isfinite(ran["epsilon"])]
     figure, axis = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
-    axis.errorbar(
-        private["epsilon"], private["ema"], yerr=private["ema_std"].fillna(0), fmt="ko-", capsize=3,
-        linewidth=2, label="private",
-    )  # fmt: skip
-    for epsilon, accuracy in zip(private["epsilon"], private["ema"], strict=True):
-        axis.annotate(
-            f"{accuracy:.1f} %", (epsilon, accuracy), (0, -14), textcoords="offset points", ha="center"
-        )
     for accuracy in free["ema"]:
         axis.axhline(accuracy, color="C0", linestyle="--", label=f"not private: {accuracy:.1f} %")
-    axis.axhline(chance, color="grey", linestyle=":", label=f"guessing: {chance:g} %")
+    axis.errorbar(
+        private["epsilon"], private["ema"], yerr=private["ema_std"].fillna(0), fmt="ko-", capsize=3,
+        linewidth=2, label="private (bars: standard deviation over runs)",
+    )  # fmt: skip
+    for epsilon, accuracy in zip(private["epsilon"], private["ema"], strict=True):
+        axis.annotate(f"{accuracy:.1f} %", (epsilon, accuracy), (8, -14), textcoords="offset points")
     axis.set_xscale("log", base=2)
     axis.set_xticks(private["epsilon"], [f"{epsilon:.3g}" for epsilon in private["epsilon"]])
     axis.minorticks_off()
-    axis.set(xlabel="epsilon (less is more private)", ylabel="test accuracy (%)", ylim=(0, 103), title=title)
-    axis.margins(x=0.12)
+    lowest = 10 * max(0, (ran["ema"] - ran["ema_std"].fillna(0)).min() // 10 - 1)
+    axis.set(
+        xlabel="epsilon (less is more private)", ylabel="test accuracy (%)", ylim=(lowest, 101), title=title
+    )
+    axis.margins(x=0.15)
     axis.grid(alpha=0.3)
-    axis.legend(loc="lower right", title=f"{results.counts(ran)} runs of each")
+    axis.legend(loc="lower right", title=f"runs of each: {results.counts(ran).removeprefix('n = ')}")
     return figure
 
 

@@ -127,3 +127,29 @@ def test_accuracy_against_epsilon_can_be_told_apart():
     assert min(line.get_linewidth() for line in drawn[:2]) > max(line.get_linewidth() for line in drawn[2:])
     assert [t.get_text() for t in axis.get_xticklabels()] == ["1", "2", "3", "4", "6", "8", "10"]
     assert said(figure)[1:] == list(series) and "not at 0" in said(figure)[0]
+
+
+def test_gallery_keeps_every_picture_in_its_place():
+    images = np.arange(2 * 3, dtype=np.uint8).reshape(2, 3, 1, 1, 1) + np.zeros((2, 3, 4, 5, 3), np.uint8)
+    (axis,) = plots.gallery(images, ("a", "b", "c")).axes
+    whole = np.asarray(axis.images[0].get_array())
+    assert whole.shape == (8, 15, 3) and (whole[4:, 10:] == 5).all() and (whole[:4, 5:10] == 1).all()
+    assert [t.get_text() for t in axis.get_xticklabels()] == ["a", "b", "c"]
+
+
+def test_price_of_privacy():
+    frame = pandas.DataFrame(
+        {
+            "epsilon": [8.0, 1.0, np.inf, 3.0],
+            "ema": [95.0, 85.0, 97.0, np.nan],
+            "ema_std": [0.5, np.nan, 0.1, np.nan],
+            "n": [2, 1, 2, 0],
+        }
+    )
+    figure = plots.price_of_privacy(frame, "digits")
+    assert labels(figure) == ["epsilon (less is more private)", "test accuracy (%)"]
+    (axis,) = figure.axes
+    free, private = axis.lines[:2]
+    assert list(free.get_ydata()) == [97, 97] and list(private.get_ydata()) == [85, 95]
+    assert [t.get_text() for t in axis.texts] == ["85.0 %", "95.0 %"]
+    assert axis.get_legend().get_title().get_text() == "runs of each: 1, 2, 2"

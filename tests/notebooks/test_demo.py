@@ -1,111 +1,109 @@
-"""`dpnb run digits/wrn-10-1`, executed once: what it leaves, and what the notebook shows."""
+"""`dpnb run digits/demo`, which `make demo` runs, executed once and whole: what it teaches, shows and leaves."""
 
 import json
-import pathlib
+import types
 
 import nbformat
 import pytest
 import shared_runs
-import test_notebooks
 
-from dpnb import privacy
+from dpnb import cli, experiments
 from dpnb.results import verification
 
 pytestmark = pytest.mark.notebook
-# Cells whose printed output is the same on every machine, by how they start.
-DETERMINISTIC = (
-    "loaded = data.load(",
-    "if ours.augmult == 0",
-    "mechanism = ours.mechanism(",
-    "display(Markdown(results.statement(",
-)
+CELLS = experiments.names("digits/demo/*")
 
 
 @pytest.fixture(scope="module")
-def demo():
-    """The one execution of the notebook that these tests and those of the notebook look at."""
-    return shared_runs.demo()
-
-
-def test_run_leaves_everything_behind(demo):
-    assert demo.returncode == 0, demo.stderr
-    for name in ("cifar10_from_scratch.ipynb", "result.json", "curve.png", "confusion.png", "privacy.md",
-                 "ledger.jsonl", "ema.safetensors"):  # fmt: skip
-        assert (demo.out / name).stat().st_size > 0, name
-    for name in ("curve.png", "confusion.png"):
-        assert (demo.out / name).read_bytes()[:4] == b"\x89PNG"
-    assert privacy.NEIGHBOURS in (demo.out / "privacy.md").read_text()
-
-
-def test_run_prints_progress_and_the_row(demo):
-    lines = demo.stdout.splitlines()
-    shown = [line.split()[1] for line in lines if line.startswith("update ")]
-    assert shown and shown[-1] == "3/3"
-    *_, row, record, figure, notebook = lines
-    assert row.startswith("digits/wrn-10-1 [smoke, seed 0] on digits: EMA ") and "valid epsilon PLD " in row
-    for line, name in (
-        (record, "result.json"),
-        (figure, "curve.png"),
-        (notebook, "cifar10_from_scratch.ipynb"),
-    ):
-        assert pathlib.Path(line.split(": ")[1]) == demo.out / name
-
-
-def test_run_took_the_changes(demo):
-    r = json.loads((demo.out / "result.json").read_text())
-    assert (r["experiment"], r["preset"], r["seed"]) == ("digits/wrn-10-1", "smoke", 0)
-    assert (r["privacy"]["steps"], r["privacy"]["sampling_probability"]) == (3, 24 / 1500)
-    assert r["privacy"]["epsilon_pld"] <= 8.0 and r["privacy"]["epsilon_is"] == "valid"
-    assert sum(event["steps"] for event in r["ledger"]) == 3
-
-
-def test_the_record_verifies(demo):
-    report = verification.verify(demo.out)
-    assert report.ok, report.lines
-
-
-def test_whole_notebook(demo):
-    """Executed by papermill at preset smoke, few updates long: every cell ran and showed what it should."""
-    executed = nbformat.read(demo.out / shared_runs.NOTEBOOK.name, 4)
-    code = [cell for cell in executed.cells if cell.cell_type == "code"]
-    assert all(cell.execution_count for cell in code) and len(code) == len(test_notebooks.CODE) + 1
-    outputs = [output for cell in code for output in cell.outputs]
-    assert not [o for o in outputs if o.output_type == "error"]
-    assert sum("image/png" in o.get("data", {}) for o in outputs) == 4  # views, budget, curve, confusion
-    shown = "".join(o.get("text", "") + o.get("data", {}).get("text/markdown", "") for o in outputs)
-    for said in ("FLOP", "update 3/3", "done: 3 updates", "| digits/wrn-10-1 |", "NOT protected"):
-        assert said in shown, said
-    (injected,) = test_notebooks.tagged("injected-parameters", executed)
-    assert test_notebooks.assignments(injected.source)["experiment"] == "digits/wrn-10-1"
-
-
-def test_nbval_and_running_again(demo, tmp_path):
-    """nbval (lax) on the executed notebook: deterministic cells print the same, no cell fails.
-
-    Its output directory holds the finished run, so this is also what running again does: the
-    training cell returns the same result without another update or another step in the ledger.
-    """
-    before = {name: (demo.out / name).read_bytes() for name in ("ledger.jsonl", "ema.safetensors")}
-    first = json.loads((demo.out / "result.json").read_text())
-    checked = nbformat.read(demo.out / shared_runs.NOTEBOOK.name, 4)
-    for start in DETERMINISTIC:
-        (cell,) = [c for c in checked.cells if c.cell_type == "code" and c.source.startswith(start)]
-        assert cell.outputs
-        cell.metadata["tags"] = [*cell.metadata.get("tags", ()), "nbval-check-output"]
-    nbformat.write(checked, tmp_path / "checked.ipynb")
-    done = shared_runs.python(
-        "-m",
-        "pytest",
-        "--nbval-lax",
-        "-p",
-        "no:cacheprovider",
-        f"--rootdir={tmp_path}",
-        "-v",
-        tmp_path / "checked.ipynb",
+def made(tmp_path_factory):
+    """The one execution, at full length: its folder, the folder of its notebook, what it printed."""
+    root = tmp_path_factory.mktemp("demo")
+    done = shared_runs.python("-m", "dpnb.cli", "run", "digits/demo", f"--out={root}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return types.SimpleNamespace(
+        root=root, place=root / "digits" / "demo", stdout=done.stdout, stderr=done.stderr
     )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert f"{len(test_notebooks.CODE) + 1} passed" in done.stdout
-    assert {name: (demo.out / name).read_bytes() for name in before} == before
-    again = json.loads((demo.out / "result.json").read_text())
-    for key in ("accuracy", "loss", "ledger", "curve", "privacy", "hyper_parameters"):
-        assert again[key] == first[key], key
+
+
+@pytest.fixture(scope="module")
+def records(made):
+    return {
+        name: json.loads((made.root / name / "smoke-seed0" / "result.json").read_text()) for name in CELLS
+    }
+
+
+def test_each_budget_is_kept_and_each_record_holds(made, records):
+    assert list(records) == [f"digits/demo/{name}" for name in ("eps1", "eps3", "eps8", "not-private")]
+    for name, record in records.items():
+        target = experiments.get(name).epsilon
+        assert record["privacy"]["epsilon_is"] == "valid" and record["seed"] == 0
+        if target < 100:
+            assert target - 1e-3 < record["privacy"]["epsilon_pld"] <= target
+        else:
+            assert record["privacy"]["epsilon_pld"] is None and record["privacy"]["noise_multiplier"] == 0
+        assert verification.verify(made.root / name / "smoke-seed0").ok
+
+
+def test_accuracies(records):
+    """Bands for this seed; over eight seeds the deviation was 1.5, 0.8 and 0.6 points at epsilon 1, 3 and 8."""
+    reached = {name.split("/")[-1]: record["accuracy"]["ema"] for name, record in records.items()}
+    assert (
+        reached["eps1"] > 86 and reached["eps3"] > 92 and reached["eps8"] > 94 and reached["not-private"] > 95
+    )
+    assert reached["eps1"] < reached["not-private"]
+
+
+def test_the_terminal_shows_table_statement_and_what_next(made):
+    out = made.stdout
+    order = ["digits.png", "sigma 6.888", "[4/4] digits/demo/not-private", "test accuracy (%)", "accuracy.png",
+             "eps8, seed 0: holds", "epsilon = 3.000 (PLD accountant)", "NOT protected", "What next?", "make lab",
+             "dpnb run cifar10/", "colab.research.google.com", "demo.ipynb"]  # fmt: skip
+    position = 0
+    for item in order:
+        position = out.find(item, position)
+        assert position >= 0, item
+    assert out.splitlines()[-1] == f"notebook: {made.place / 'demo.ipynb'}"
+    assert "encryption" not in made.stderr  # no warning that a reader can do nothing about
+    assert len([line for line in out.splitlines() if line.startswith("update ")]) <= 80
+
+
+def test_the_notebook_and_its_figures(made):
+    for name in ("digits.png", "accuracy.png"):
+        assert (made.place / name).read_bytes()[:4] == b"\x89PNG"
+    cells = nbformat.read(made.place / "demo.ipynb", 4).cells
+    outputs = [o for c in cells for o in c.get("outputs", ())]
+    assert not [o for o in outputs if o.output_type == "error"]
+    assert sum("image/png" in o.get("data", {}) for o in outputs) == 2
+    assert all(c.execution_count for c in cells if c.cell_type == "code")
+
+
+def test_again_trains_nothing(made, capsys):
+    """What is finished is not run again, and there is no second charge."""
+    before = {path: path.read_bytes() for path in made.root.rglob("ledger.jsonl")}
+    done = shared_runs.python("-m", "dpnb.cli", "run", "digits/demo", f"--out={made.root}")
+    assert done.returncode == 0 and "4 cells, 4 of them finished" in done.stdout
+    assert len(before) == 4 and {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--secret-seed"], "choose N with --seeds"), (["--seed", "2"], "choose N with --seeds"),
+        (["--seeds", "0"], "seeds must be at least 1"), (["--set", "steps=0"], "steps must be"),
+        (["--data-dir", "x"], "demo.ipynb must be given its own parameters, got data_dir as well"),
+        (["--set", "seed=1"], "--set must leave seed alone"),
+    ],
+)  # fmt: skip
+def test_a_study_refuses_before_it_starts(capsys, tmp_path, arguments, said):
+    assert cli.main(["run", "digits/demo", f"--out={tmp_path / 'x'}", *arguments]) == 2
+    assert said in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_study_with_a_failing_cell_fails(tmp_path):
+    """More images in a batch than there are: it is refused when the data are known, and nothing is charged."""
+    done = shared_runs.python(
+        "-m", "dpnb.cli", "run", "digits/demo", f"--out={tmp_path}", "--set=expected_batch_size=5000"
+    )
+    assert done.returncode == 1 and "digits/demo failed: " in done.stderr, done.stderr
+    assert "5000" in done.stderr and not list(tmp_path.rglob("ledger.jsonl"))
+    assert (tmp_path / "digits" / "demo" / "unfinished-demo.ipynb").exists()
