@@ -162,11 +162,11 @@ def test_a_record_says_that_its_weights_stayed_out(installed, tmp_path):
 
 
 @pytest.mark.notebook
-def test_the_demo(installed, tmp_path):
+def test_a_run(installed, tmp_path):
     """Three updates through the notebook; all that is written lies in the working directory."""
     before = {path for path in installed.site.rglob("*") if "__pycache__" not in path.parts}
     sets = [f"--set={pair}" for pair in shared_runs.SMALL]
-    said = installed.dpnb("run", "digits/demo", *sets, cwd=tmp_path)
+    said = installed.dpnb("run", "digits/wrn-10-1", *sets, cwd=tmp_path)
     (record,) = tmp_path.rglob("result.json")
     assert record.parts[len(tmp_path.parts)] == "runs" and str(record.relative_to(tmp_path)) in said
     assert {path for path in installed.site.rglob("*") if "__pycache__" not in path.parts} == before
