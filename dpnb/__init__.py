@@ -5,6 +5,7 @@ What most programs need has its name here; everything else lies in the packages,
 when it is first used.
 """
 
+import os
 from typing import TYPE_CHECKING
 
 from dpnb import lazy
@@ -41,11 +42,13 @@ def use_compilation_cache(directory: str | None = None) -> None:
     """Keeps compiled programs between runs, so that only the first run of a shape compiles.
 
     Args:
-      directory: default `$JAX_COMPILATION_CACHE_DIR`, else `~/.cache/dpnb`.
+      directory: default `$JAX_COMPILATION_CACHE_DIR`, else `~/.cache/dpnb`. Programs that compile in less than
+        0.2 seconds are not kept, unless `$JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS` says otherwise.
     """
     import jax
 
     from dpnb import cache
 
     jax.config.update("jax_compilation_cache_dir", directory or str(cache.compiled_folder()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

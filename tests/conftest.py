@@ -8,9 +8,11 @@ os.environ["DPNB_CACHE"] = os.path.join(os.environ["XDG_CACHE_HOME"], "dpnb")
 os.environ["DPNB_CACHE_GIB"] = "0"  # tests compute what they test; those of the cache ask for the fixture
 # One cache of compiled programs for all tests and the processes that they start.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(os.environ["XDG_CACHE_HOME"], "compiled")
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.0"
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Most of the time of many tests is compilation, which level 0 halves; what is computed takes longer, but is little.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
 
 import jax
 import pytest

@@ -28,12 +28,14 @@ def temporary(name: str) -> pathlib.Path:
 
 @functools.cache
 def environment() -> dict[str, str]:
-    """For subprocesses: one device, this checkout; the compilation cache is that of all tests."""
+    """For subprocesses: one device, this checkout; compiled programs and answers of calibration are kept for all."""
     changed = {
+        "DPNB_CACHE_GIB": "1",
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_backend_optimization_level=0",  # most of their time is compilation
         "PYTHONPATH": str(ROOT),
-        "PYTHONWARNINGS": "ignore",
+        # What a notebook's own cells call may not be deprecated; warnings of others are their makers' concern.
+        "PYTHONWARNINGS": "ignore,error::DeprecationWarning:__main__,error::FutureWarning:__main__",
     }
     return {**os.environ, **changed}
 

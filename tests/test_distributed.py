@@ -92,7 +92,8 @@ def two_processes(two_processes_once):
 @pytest.fixture(scope="module")
 def two_processes_once(directory):
     environment = shared_runs.with_helpers(
-        JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_force_host_platform_device_count=2"
+        JAX_PLATFORMS="cpu",
+        XLA_FLAGS="--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=2",
     )
     port = str(shared_runs.free_port())
     processes = [

@@ -1,8 +1,5 @@
 """Models, data and experiments so small that a test of the training loop takes seconds."""
 
-import functools
-
-import jax
 import numpy as np
 from flax import nnx
 
@@ -10,8 +7,6 @@ from dpnb.data import Dataset, Split
 from dpnb.experiments import Experiment
 
 CLASSES = 4
-# Most of the time of many tests is compilation; this halves it.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 class Linear(nnx.Module):

@@ -9,7 +9,6 @@ import optax
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
-from tiny import jit
 
 from dpnb.gradients import FORMULATIONS, clipped_grad, conv_general_dilated, formulation
 from dpnb.models import WideResNet, functional
@@ -74,7 +73,7 @@ def norm(tree):
 
 def gradients(loss, params, examples):
     """The gradient and the loss of one example after the other, as numpy arrays."""
-    gradient = jit(jax.value_and_grad(lambda p, example: loss(p, example).mean()))
+    gradient = jax.jit(jax.value_and_grad(lambda p, example: loss(p, example).mean()))
     for i in range(len(jax.tree.leaves(examples)[0])):
         value, g = gradient(params, jax.tree.map(lambda x, i=i: x[i], examples))
         yield jax.tree.map(np.asarray, g), float(value)
@@ -100,7 +99,7 @@ def check_against_loop(params, loss, examples, **options):
     clip_norm = float(np.median(norms))  # some are clipped, some are not
     want = naive(grads, clip_norm)
     assert norms.min() < 0.9 * clip_norm < 1.1 * clip_norm < norms.max()
-    got, info = jit(clipped_grad(loss, clip_norm, **options))(params, examples)
+    got, info = jax.jit(clipped_grad(loss, clip_norm, **options))(params, examples)
     assert error(got, want) < TOLERANCE
     np.testing.assert_allclose(info.norms, norms, rtol=TOLERANCE)
     np.testing.assert_allclose(info.losses, losses, rtol=TOLERANCE)
@@ -148,7 +147,7 @@ def test_any_pure_loss_of_any_tree():
     grads, losses = zip(*gradients(lambda p, e: loss(p, e)[0], params, examples), strict=True)
     for size in (None, 2):
         grad = clipped_grad(loss, 0.5, has_aux=True, microbatch_size=size)
-        got, info = jit(grad)(params, examples)
+        got, info = jax.jit(grad)(params, examples)
         assert error(got, naive(grads, 0.5)) < 1e-5
         np.testing.assert_allclose(info.norms, [norm(g) for g in grads], rtol=1e-5)
         np.testing.assert_allclose(info.losses, losses, rtol=1e-5)
@@ -162,8 +161,8 @@ def test_any_pure_loss_of_any_tree():
 def test_identical_views_are_one_view(float64):
     params, loss, (inputs, weights) = setup(*LAYERS["conv 3x3"], 1)
     grad = clipped_grad(loss, 1.0)
-    one, info = jit(grad)(params, (inputs, weights))
-    four, info4 = jit(grad)(params, (jnp.repeat(inputs, 4, axis=1), weights))
+    one, info = jax.jit(grad)(params, (inputs, weights))
+    four, info4 = jax.jit(grad)(params, (jnp.repeat(inputs, 4, axis=1), weights))
     assert error(four, one) < TOLERANCE
     np.testing.assert_allclose(info4.norms, info.norms, rtol=TOLERANCE)
     np.testing.assert_allclose(info4.losses, info.losses, rtol=TOLERANCE)
@@ -227,7 +226,7 @@ def test_sensitivity(rescale, statistics, backend):
     params, loss, (inputs, labels) = convolutional(statistics)
     clip_norm = 0.125
     grad = clipped_grad(loss, clip_norm, rescale_to_unit_norm=rescale)
-    call = jit(lambda examples, mask: grad(params, examples, mask)[0])
+    call = jax.jit(lambda examples, mask: grad(params, examples, mask)[0])
     assert grad.sensitivity == (1.0 if rescale else clip_norm)
     everyone, reached = jnp.ones(4, bool), []
     for place in (0, 3):
@@ -248,7 +247,7 @@ def test_sensitivity_at_any_parameters():
     params, loss, examples = convolutional()
     for hostile in (jnp.nan, jnp.inf, 1e30):
         broken = jax.tree.map(lambda p, h=hostile: p.at[(0,) * p.ndim].set(h), params)
-        total, info = jit(clipped_grad(loss, 1.0))(broken, examples)
+        total, info = jax.jit(clipped_grad(loss, 1.0))(broken, examples)
         assert norm(total) <= 4 * (1 + 1e-5)
         if np.isnan(hostile):
             assert norm(total) == 0 and np.isnan(info.norms).all()
@@ -288,7 +287,7 @@ def check_padding_never_matters(call, params, inputs, labels):
 
 def test_content_of_padding_never_matters(backend):
     params, loss, (inputs, labels) = convolutional()
-    mask, call = jnp.array([True, False, True, False]), jit(clipped_grad(loss, 0.1))
+    mask, call = jnp.array([True, False, True, False]), jax.jit(clipped_grad(loss, 0.1))
     total, info = check_padding_never_matters(call, params, inputs, labels)
     assert not info.norms[1] and not info.losses[1] and info.norms[0] > 0
     alone, _ = call(params, (inputs[mask], labels[mask]), mask[mask])
@@ -297,20 +296,20 @@ def test_content_of_padding_never_matters(backend):
 
 def test_nobody_is_a_batch_too(backend):
     params, loss, examples = convolutional()
-    total, info = jit(clipped_grad(loss, 0.1))(params, examples, jnp.zeros(4, bool))
+    total, info = jax.jit(clipped_grad(loss, 0.1))(params, examples, jnp.zeros(4, bool))
     assert norm(total) == 0 and norm(info.norms) == 0
 
 
 def test_any_microbatch_and_any_physical_batch_give_the_same_sum(float64, backend):
     params, loss, (inputs, weights) = setup(*LAYERS["conv 3x3 stride 2"], 2, examples=6)
     mask = jnp.array([True, True, False, True, True, True])
-    want, info = jit(clipped_grad(loss, 1.0))(params, (inputs, weights), mask)
+    want, info = jax.jit(clipped_grad(loss, 1.0))(params, (inputs, weights), mask)
     for size in (1, 2, 3, 100):
-        got, same = jit(clipped_grad(loss, 1.0, microbatch_size=size))(params, (inputs, weights), mask)
+        got, same = jax.jit(clipped_grad(loss, 1.0, microbatch_size=size))(params, (inputs, weights), mask)
         assert error(got, want) < 1e-13
         np.testing.assert_allclose(same.norms, info.norms, rtol=1e-13)
     for physical in (1, 3):
-        call = jit(clipped_grad(loss, 1.0), donate_argnums=3)
+        call = jax.jit(clipped_grad(loss, 1.0), donate_argnums=3)
         total = jax.tree.map(jnp.zeros_like, params)
         for i in range(0, 6, physical):
             part = slice(i, i + physical)
@@ -327,14 +326,14 @@ def on_eight_devices(grad, *arguments):
     data, everywhere = PartitionSpec("data"), PartitionSpec()
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     specs = dict(in_specs=(everywhere, data, data), out_specs=everywhere, check_vma=False)
-    return jit(jax.shard_map(local, mesh=mesh, **specs))(*arguments)
+    return jax.jit(jax.shard_map(local, mesh=mesh, **specs))(*arguments)
 
 
 def test_eight_devices_give_the_same_sum(float64):
     assert jax.device_count() == 8
     params, loss, examples = setup(*LAYERS["conv 3x3 stride 2"], 2, examples=8)
     mask = jnp.arange(8) != 2
-    want, _ = jit(clipped_grad(loss, 1.0))(params, examples, mask)
+    want, _ = jax.jit(clipped_grad(loss, 1.0))(params, examples, mask)
     assert error(on_eight_devices(clipped_grad(loss, 1.0), params, examples, mask), want) < TOLERANCE
 
 
@@ -344,9 +343,9 @@ def test_eight_devices_give_the_same_sum(float64):
 def test_without_a_clip_it_is_the_plain_gradient(float64):
     params, loss, examples = setup(*LAYERS["conv 3x3 stride 2"], 2)
     grad = clipped_grad(loss, float("inf"))
-    got, _ = jit(grad)(params, examples)
+    got, _ = jax.jit(grad)(params, examples)
     batch_loss = lambda p: jax.vmap(loss, (None, 0))(p, examples).mean(1).sum()
-    assert error(got, jit(jax.grad(batch_loss))(params)) < TOLERANCE
+    assert error(got, jax.jit(jax.grad(batch_loss))(params)) < TOLERANCE
     assert grad.sensitivity == float("inf")
 
 
@@ -365,7 +364,7 @@ def test_rescaling_divides_by_the_clip_norm(clip_norm, float64):
 def test_half_precision_parameters_are_clipped_and_summed_in_float32(dtype):
     """260 ones: a sum in bfloat16 stalls at 256, one in float16 of squares overflows at 65504."""
     ones = jnp.ones((260, 1), dtype)
-    total, _ = jit(clipped_grad(lambda w, x: w @ x, float("inf")))(jnp.zeros(1, dtype), ones)
+    total, _ = jax.jit(clipped_grad(lambda w, x: w @ x, float("inf")))(jnp.zeros(1, dtype), ones)
     assert total.dtype == jnp.float32 and total[0] == 260
     wide = jnp.full((1, 300), 300, dtype)
     total, info = clipped_grad(lambda w, x: w @ x, 1.0)(jnp.zeros(300, dtype), wide)
@@ -384,11 +383,11 @@ def test_half_precision_computation_keeps_float32_sums(backend):
     params, apply = functional(Conv(3, 4, 3, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 2, 5, 5, 3)), jnp.float32)
     loss = lambda p, x: jnp.sin(apply(p, x)).sum((1, 2, 3))
-    total, info = jit(clipped_grad(loss, 1.0))(params, x)
+    total, info = jax.jit(clipped_grad(loss, 1.0))(params, x)
     assert apply(params, x[0]).dtype == jnp.bfloat16
     assert {g.dtype for g in jax.tree.leaves((total, info.norms, info.losses))} == {np.dtype("float32")}
     exact, apply32 = functional(Conv(3, 4, 3, rngs=nnx.Rngs(0)))
-    want, _ = jit(clipped_grad(lambda p, x: jnp.sin(apply32(p, x)).sum((1, 2, 3)), 1.0))(exact, x)
+    want, _ = jax.jit(clipped_grad(lambda p, x: jnp.sin(apply32(p, x)).sum((1, 2, 3)), 1.0))(exact, x)
     assert 0 < error(total, want) < 0.03
 
 

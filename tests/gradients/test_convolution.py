@@ -14,7 +14,6 @@ from dpnb.gradients import FORMULATIONS, conv_general_dilated, formulation, per_
 pytestmark = pytest.mark.usefixtures("strict_ranks")
 TOLERANCE = 1e-13
 # Most of the time here is compilation; this halves it.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 EXAMPLES, VIEWS = 3, 2
 
 # name: (spatial input, kernel, channels in, out, strides, padding, dilation, groups)
@@ -77,7 +76,7 @@ def test_gradients_match_jax_example_by_example_in_every_formulation(case, float
         with formulation(name):
             return jax.vmap(jax.grad(functools.partial(loss, conv), (0, 1)), (None, 0))(w, x)
 
-    @jit
+    @jax.jit
     def both():
         one = functools.partial(jax.grad(functools.partial(loss, theirs), (0, 1)), w)
         loop = jax.tree.map(lambda *g: jnp.stack(g), *[one(example) for example in x])
@@ -107,8 +106,8 @@ def test_unbatched_cotangents_and_inputs(case, name, float64):
 
     for f in (batched_input, batched_cotangent, neither):
         with formulation(name):
-            got = jit(jax.vmap(jax.grad(functools.partial(f, ours)), (None, 0, 0)))(w, x, scale)
-        one = jit(jax.grad(functools.partial(f, theirs)))
+            got = jax.jit(jax.vmap(jax.grad(functools.partial(f, ours)), (None, 0, 0)))(w, x, scale)
+        one = jax.jit(jax.grad(functools.partial(f, theirs)))
         want = jnp.stack([one(w, *a) for a in zip(x, scale, strict=True)])
         assert error(got, want) < TOLERANCE, f.__name__
 
@@ -125,18 +124,18 @@ def test_nested_vmap_and_scan(name, float64):
         return jax.vmap(per_example, (0, None))(ensemble, x), scanned
 
     with formulation(name):
-        got = jit(lambda: grads(ours))()
-    assert error(got, jit(lambda: grads(theirs))()) < TOLERANCE
+        got = jax.jit(lambda: grads(ours))()
+    assert error(got, jax.jit(lambda: grads(theirs))()) < TOLERANCE
 
 
 def test_the_batching_rule_of_other_backends(monkeypatch, float64):
     ours, theirs, x, w = setup("3x3")
-    want = jit(jax.vmap(jax.grad(functools.partial(loss, theirs)), (None, 0)))(w, x)
+    want = jax.jit(jax.vmap(jax.grad(functools.partial(loss, theirs)), (None, 0)))(w, x)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     got = jax.vmap(jax.grad(functools.partial(loss, ours)), (None, 0))
     products = str(jax.make_jaxpr(got)(w, x)).count("dot_general[")
     assert products == 9, "sliced: one product for each kernel offset"
-    assert error(jit(got)(w, x), want) < TOLERANCE
+    assert error(jax.jit(got)(w, x), want) < TOLERANCE
 
 
 @pytest.mark.parametrize("backend, channels, stride, products", [
@@ -191,7 +190,7 @@ def test_flax_conv_takes_the_rule(kernel):
     theirs, _ = grads()
     assert grouped(theirs, params, x)
     assert not grouped(ours, params, x)
-    assert error(jit(ours)(params, x), jit(theirs)(params, x)) < 1e-5
+    assert error(jax.jit(ours)(params, x), jax.jit(theirs)(params, x)) < 1e-5
 
 
 @pytest.mark.parametrize(

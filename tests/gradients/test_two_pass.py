@@ -22,7 +22,6 @@ from test_clipping import (
     on_eight_devices,
     setup,
 )
-from tiny import jit
 
 from dpnb.experiments import experiment
 from dpnb.gradients import FORMS, ClippedGrad, choose_form, clipped_grad
@@ -80,8 +79,10 @@ def test_equals_the_materialised_form(options, float64, backend):  # noqa: F811
         return losses, {"losses": losses, "weight": example[1]}
 
     so_far = jax.tree.map(jnp.ones_like, params)
-    want, info = jit(clipped_grad(with_aux, has_aux=True, **options))(params, (inputs, weights), mask, so_far)
-    got, same = jit(two_pass(with_aux, has_aux=True, **options))(params, (inputs, weights), mask, so_far)
+    want, info = jax.jit(clipped_grad(with_aux, has_aux=True, **options))(
+        params, (inputs, weights), mask, so_far
+    )
+    got, same = jax.jit(two_pass(with_aux, has_aux=True, **options))(params, (inputs, weights), mask, so_far)
     assert error(got, want) < 1e-13
     assert jax.tree.structure(same) == jax.tree.structure(info)
     for a, b in zip(jax.tree.leaves(same), jax.tree.leaves(info), strict=True):
@@ -92,15 +93,15 @@ def test_equals_the_materialised_form(options, float64, backend):  # noqa: F811
 def test_batch_norm_sees_the_views_of_one_example():
     params, loss, examples = convolutional(statistics=True)
     grads, _ = zip(*gradients(loss, params, examples), strict=True)
-    got, want = jit(two_pass(loss, 0.1))(params, examples)[0], naive(grads, 0.1)
+    got, want = jax.jit(two_pass(loss, 0.1))(params, examples)[0], naive(grads, 0.1)
     assert norm(jax.tree.map(np.subtract, got, want)) < 1e-5 * norm(want)
 
 
 @pytest.mark.slow
 def test_the_mean_over_views_is_inside_the_clip(float64):
     params, loss, (inputs, weights) = setup(*LAYERS["conv 3x3"], 1)
-    one, info = jit(two_pass(loss, 1.0))(params, (inputs, weights))
-    four, info4 = jit(two_pass(loss, 1.0))(params, (jnp.repeat(inputs, 4, axis=1), weights))
+    one, info = jax.jit(two_pass(loss, 1.0))(params, (inputs, weights))
+    four, info4 = jax.jit(two_pass(loss, 1.0))(params, (jnp.repeat(inputs, 4, axis=1), weights))
     assert error(four, one) < 1e-12 and info.norms.max() > 1
     np.testing.assert_allclose(info4.norms, info.norms, rtol=1e-12)
     opposite = jnp.array([[[30.0, 40.0], [-30.6, -40.8]]])  # norms 50 and 51, their mean 0.5
@@ -112,7 +113,7 @@ def test_the_mean_over_views_is_inside_the_clip(float64):
 def test_eight_devices_give_the_same_sum(float64):
     params, loss, examples = setup(*LAYERS["plain conv 3x3"], 2, examples=8)
     mask = jnp.arange(8) != 2
-    want, _ = jit(clipped_grad(loss, 1.0))(params, examples, mask)
+    want, _ = jax.jit(clipped_grad(loss, 1.0))(params, examples, mask)
     assert error(on_eight_devices(two_pass(loss, 1.0), params, examples, mask), want) < 1e-12
 
 
@@ -124,7 +125,7 @@ def test_eight_devices_give_the_same_sum(float64):
 def test_neighbours_with_poisoned_examples_stay_within_the_sensitivity(rescale, statistics):
     params, loss, (inputs, labels) = convolutional(statistics)
     grad = two_pass(loss, 0.125, rescale_to_unit_norm=rescale)
-    call = jit(lambda examples, mask: grad(params, examples, mask)[0])
+    call = jax.jit(lambda examples, mask: grad(params, examples, mask)[0])
     assert grad.sensitivity == (1.0 if rescale else 0.125)
     everyone, reached = jnp.ones(4, bool), []
     for name, hostile in {"itself": lambda x: x, **HOSTILE}.items():
@@ -140,7 +141,7 @@ def test_neighbours_with_poisoned_examples_stay_within_the_sensitivity(rescale, 
 
 def test_content_of_padding_never_matters(backend):  # noqa: F811
     params, loss, (inputs, labels) = convolutional()
-    call = jit(two_pass(loss, 0.1))
+    call = jax.jit(two_pass(loss, 0.1))
     check_padding_never_matters(call, params, inputs, labels)
     nobody, info = call(params, (inputs.at[1].set(jnp.nan), labels), jnp.zeros(4, bool))
     assert norm(nobody) == 0 and norm(info.norms) == 0
@@ -153,14 +154,14 @@ def test_losses_without_a_value_at_zero():
     loss = lambda w, x: jnp.log(w @ x) + jnp.sqrt(x[0] * w[0])
     w = jnp.ones(2)
     usable, zeros = jnp.array([2.0, 3.0]), jnp.zeros(2)
-    alone, _ = jit(two_pass(loss, 0.1))(w, usable[None])
-    both, info = jit(two_pass(loss, 0.1))(w, jnp.stack([zeros, usable]))
+    alone, _ = jax.jit(two_pass(loss, 0.1))(w, usable[None])
+    both, info = jax.jit(two_pass(loss, 0.1))(w, jnp.stack([zeros, usable]))
     np.testing.assert_allclose(norm(alone), 0.1, rtol=1e-6)
     np.testing.assert_array_equal(both, alone)
     assert not np.isfinite(info.norms[0])
-    masked, _ = jit(two_pass(loss, 0.1))(w, jnp.stack([zeros, usable]), jnp.array([False, True]))
+    masked, _ = jax.jit(two_pass(loss, 0.1))(w, jnp.stack([zeros, usable]), jnp.array([False, True]))
     np.testing.assert_array_equal(masked, alone)
-    assert norm(jit(two_pass(loss, 0.1))(w, jnp.zeros((2, 2)))[0]) == 0
+    assert norm(jax.jit(two_pass(loss, 0.1))(w, jnp.zeros((2, 2)))[0]) == 0
 
 
 def opposite_views():
@@ -172,7 +173,7 @@ def opposite_views():
 @both_forms
 def test_an_example_of_cancelling_views_takes_nothing_from_the_others(form, backend):  # noqa: F811
     loss, w, views = opposite_views()
-    call = jit(clipped_grad(loss, 1.0, form=form))
+    call = jax.jit(clipped_grad(loss, 1.0, form=form))
     with_it, info = call(w, views)
     without, _ = call(w, views, jnp.arange(8) < 7)
     assert info.norms[7] == 0
@@ -183,7 +184,7 @@ def test_an_example_of_cancelling_views_takes_nothing_from_the_others(form, back
 def test_an_ordinary_gradient_of_scaled_losses_would_break_the_guarantee():
     """Why the second pass clips example by example: seven gradients of norm 1 vanish with this one."""
     loss, w, views = opposite_views()
-    scaled = jit(jax.grad(lambda w, used: (used * jax.vmap(loss, (None, 0))(w, views).mean(1)).sum()))
+    scaled = jax.jit(jax.grad(lambda w, used: (used * jax.vmap(loss, (None, 0))(w, views).mean(1)).sum()))
     distance = norm(scaled(w, jnp.ones(8)) - scaled(w, jnp.ones(8).at[7].set(0)))
     assert distance > 2  # of a sensitivity of 1
 
@@ -212,7 +213,7 @@ def test_the_added_vector_is_no_longer_than_the_bound(form):
     """One clipped example of two million weights, measured in float64; the largest excess seen is 1e-7."""
     rng = np.random.default_rng(0)
     w = jnp.asarray(rng.standard_normal((2048, 1024)), jnp.float32) / 45
-    call = jit(clipped_grad(lambda w, x: jnp.sin(x @ w).sum(1), 1e-3, form=form))
+    call = jax.jit(clipped_grad(lambda w, x: jnp.sin(x @ w).sum(1), 1e-3, form=form))
     for content in (rng.standard_normal((1, 3, 2048)), np.full((1, 3, 2048), 0.1)):
         total, info = call(w, jnp.asarray(content, jnp.float32))
         assert info.norms[0] > 1
@@ -226,9 +227,9 @@ def test_the_added_vector_is_no_longer_than_the_bound(form):
 def test_half_precision_parameters_are_clipped_and_summed_in_float32(dtype):
     """260 ones: a sum in bfloat16 stalls at 256, one in float16 of squares overflows at 65504."""
     ones = jnp.ones((260, 1), dtype)
-    total, _ = jit(two_pass(lambda w, x: w @ x, float("inf")))(jnp.zeros(1, dtype), ones)
+    total, _ = jax.jit(two_pass(lambda w, x: w @ x, float("inf")))(jnp.zeros(1, dtype), ones)
     assert total.dtype == jnp.float32 and total[0] == 260
-    total, info = jit(two_pass(lambda w, x: w @ x, 1.0))(
+    total, info = jax.jit(two_pass(lambda w, x: w @ x, 1.0))(
         jnp.zeros(300, dtype), jnp.full((1, 300), 300, dtype)
     )
     np.testing.assert_allclose(info.norms, 300 * 300**0.5, rtol=1e-6)
@@ -245,8 +246,8 @@ def test_half_precision_computation_keeps_the_guarantee(backend):  # noqa: F811
             apply(params, x).mean((1, 2)), jnp.array([0, 1])
         )
 
-    call = jit(two_pass(loss, 0.01))
-    want, _ = jit(clipped_grad(loss, 0.01))(params, inputs)
+    call = jax.jit(two_pass(loss, 0.01))
+    want, _ = jax.jit(clipped_grad(loss, 0.01))(params, inputs)
     got, info = call(params, inputs)
     assert apply(params, inputs[0]).dtype == jnp.bfloat16 and info.norms.min() > 0.01
     assert {g.dtype for g in jax.tree.leaves((got, info.norms))} == {np.dtype("float32")}

@@ -21,7 +21,6 @@ from dpnb.models.layers import Conv, standardise
 
 pytestmark = pytest.mark.usefixtures("strict_ranks")
 # Most of the time here is compilation; this halves it.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def random_like(params, seed=0):
@@ -114,7 +113,7 @@ def test_forward_matches_the_architecture_of_the_paper(depth, width, size, float
     params = random_like(params)
     x = np.random.default_rng(1).standard_normal((2, size, size, 3))
     want = Plain(depth, width)(params, x)
-    got = jit(apply)(params, x)
+    got = jax.jit(apply)(params, x)
     assert want.std() > 0.1
     np.testing.assert_allclose(got, want, rtol=1e-10)
 
@@ -137,7 +136,7 @@ def test_bfloat16_computation_keeps_float32_parameters_and_logits():
     assert same == params and {p.dtype for p in jax.tree.leaves(same)} == {jnp.dtype("float32")}
     params = jax.tree.map(lambda p: p.astype(np.float32), random_like(params))
     x = np.random.default_rng(0).standard_normal((2, 8, 8, 3)).astype(np.float32)
-    want, got = jit(apply)(params, x), jit(apply_half)(params, x)
+    want, got = jax.jit(apply)(params, x), jax.jit(apply_half)(params, x)
     assert half.stem.dtype == jnp.bfloat16 and got.dtype == jnp.float32
     assert 0 < np.abs(got - want).max() < 0.05 * np.abs(want).max()
 
@@ -173,7 +172,7 @@ def test_standardise_and_its_gradient(backend, float64, monkeypatch):
             ensemble(kernels, gain, cotangents),
         )
 
-    got, want = jit(lambda: (grads(standardise), grads(plain_standardise)))()
+    got, want = jax.jit(lambda: (grads(standardise), grads(plain_standardise)))()
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-11), got, want)
 
 
@@ -230,8 +229,8 @@ def test_functional_drops_changes_of_state():
     assert params.keys() == {"norm"} and params["norm"].keys() == {"scale", "bias"}
     x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 4)))
     per_example = jax.vmap(jax.grad(lambda p, x: apply(p, x[None]).sum()), (None, 0))
-    jit(per_example)(params, x)
-    first, second, jitted = apply(params, x), apply(params, x), jit(apply)(params, x)
+    jax.jit(per_example)(params, x)
+    first, second, jitted = apply(params, x), apply(params, x), jax.jit(apply)(params, x)
     np.testing.assert_array_equal(first, second)
     np.testing.assert_allclose(first, jitted, rtol=1e-6)
     after = nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.RngKey)))

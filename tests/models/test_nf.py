@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import jit
 
 from dpnb.gradients import clipped_grad
 from dpnb.models import NFNet, NFResNet, check_independent, functional
@@ -78,14 +77,14 @@ def test_the_clipped_core_equals_a_loop_over_examples(make, float64):
     def loss(params, x):
         return jnp.square(apply(params, x) - 0.3).mean(-1)
 
-    one = jit(jax.grad(lambda p, x: loss(p, x).mean()))
+    one = jax.jit(jax.grad(lambda p, x: loss(p, x).mean()))
     single = [one(params, x) for x in images]
     norms = [math.sqrt(sum(float(jnp.square(g).sum()) for g in jax.tree.leaves(grad))) for grad in single]
     clip = float(np.median(norms))
     want = jax.tree.map(
         lambda *gs: sum(g * min(1, clip / n) for g, n in zip(gs, norms, strict=True)), *single
     )
-    got, info = jit(clipped_grad(loss, clip))(params, images)
+    got, info = jax.jit(clipped_grad(loss, clip))(params, images)
     np.testing.assert_allclose(info.norms, norms, rtol=1e-9)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-9 * clip)

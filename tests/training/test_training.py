@@ -14,7 +14,6 @@ from dpnb.experiments import Experiment
 from dpnb.models import DrawsRandomNumbers, MixesExamples
 from dpnb.training import calibrate, cost, epsilon_spent, train
 from dpnb.training.feeding import InMemoryBatches
-from dpnb.training.progress import Progress
 
 
 def run(experiment, directory, **options):
@@ -216,17 +215,6 @@ def test_predicting_the_cost_spends_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
     assert predicted.views == 6 * 16 and predicted.seconds > 0 and predicted.memory > 0
     assert "views" in str(predicted)
-
-
-def test_progress_is_short_in_batch(capsys, monkeypatch):
-    monkeypatch.setenv("DPNB_PROGRESS", "plain")
-    point = {"batch_size": 4, "train_loss": 1.0, "train_accuracy": 50.0, "epsilon": 0.5}
-    with Progress(1000) as progress:
-        for _ in range(1000):
-            progress.show(point)
-    lines = capsys.readouterr().out.splitlines()
-    assert 15 <= len(lines) <= 25
-    assert lines[-1].startswith("update 1000/1000") and "epsilon <= 0.5" in lines[-1]
 
 
 class Small(nnx.Module):
