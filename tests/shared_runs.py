@@ -52,10 +52,10 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def python(*arguments, timeout: float = 900) -> subprocess.CompletedProcess:
-    """`python ARGUMENTS` in its own process and an empty directory."""
+def python(*arguments, timeout: float = 900, **changes: str) -> subprocess.CompletedProcess:
+    """`python ARGUMENTS` in its own process and an empty directory; `changes` are to its environment."""
     return subprocess.run(
-        [sys.executable, *map(str, arguments)], env=environment(), cwd=temporary("cwd"),
+        [sys.executable, *map(str, arguments)], env={**environment(), **changes}, cwd=temporary("cwd"),
         capture_output=True, text=True, timeout=timeout,
     )  # fmt: skip
 

@@ -30,6 +30,32 @@ def test_every_requirement_is_a_range(requirement):
     assert re.fullmatch(r"[a-z0-9-]+>=[0-9.]+,<[0-9.]+", requirement)
 
 
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+def test_constraints_hold_a_version_in_range_of_every_requirement(python):
+    """And one only, for each Python; what they need themselves is pinned with them."""
+    from packaging.requirements import Requirement
+
+    assert "3.11" in PYPROJECT["requires-python"]
+    where = {"python_version": python, "python_full_version": f"{python}.5", "extra": ""}
+    pins = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        pin = Requirement(line.split("#")[0]) if line.split("#")[0].strip() else None
+        if pin and (pin.marker is None or pin.marker.evaluate(where)):
+            assert pins.setdefault(pin.name, pin) is pin, f"{pin.name} is pinned twice for Python {python}"
+            assert str(pin.specifier).startswith("=="), line
+    asked = PYPROJECT["dependencies"] + sum(PYPROJECT["optional-dependencies"].values(), [])
+    for wanted in map(Requirement, asked):
+        (pinned,) = pins[wanted.name].specifier
+        assert pinned.version in wanted.specifier, f"{wanted} has {pinned}; renew it: make constraints"
+    assert {"jaxlib", "ml-dtypes", "tensorstore"} < pins.keys()
+
+
+def test_every_installation_of_the_makefile_is_constrained():
+    installs = re.findall(r"pip install .*", (ROOT / "Makefile").read_text())
+    ours = [line for line in installs if "-e " in line]
+    assert len(ours) == 3 and all("$(CONSTRAINTS)" in line for line in ours)
+
+
 BLOCKED = (
     "tensorflow_datasets",
     "tensorflow",
