@@ -21,8 +21,17 @@ import pytest
 SLOW_FIXTURES = {"demo", "genuine", "swept"}
 
 
+# Files that take a minute or more, so that no worker begins one when the others are done.
+LONG = (
+    "test_learn", "test_imagenet_notebooks", "test_finetune_notebooks", "test_studies", "test_distributed", "test_demo",
+    "test_from_scratch", "test_transfer", "test_two_pass", "test_clipping", "test_nf", "test_replay", "test_privacy",
+)  # fmt: skip
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
+    order = {f"{name}.py": number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONG)))
     for item in items:
         if SLOW_FIXTURES.intersection(getattr(item, "fixturenames", ())):
             item.add_marker("slow")

@@ -66,6 +66,7 @@ def test_all_notebooks_are_executed_somewhere():
 
     mine = {"pretrain_public.ipynb", "cifar_finetune.ipynb", "cifar_no_public_images.ipynb"}
     mine |= {"imagenet_from_scratch.ipynb", "imagenet_finetune.ipynb"}  # in test_imagenet_notebooks.py
+    mine |= {"demo.ipynb"}  # in test_demo.py
     folder = shared_runs.NOTEBOOK.parent
     assert {path.name for path in folder.glob("*.ipynb")} == {*PATTERNS, *mine, shared_runs.NOTEBOOK.name}
     assert all(nbformat.read(folder / name, 4).cells for name in mine)
