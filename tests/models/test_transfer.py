@@ -44,7 +44,7 @@ def public(tmp_path):
 
 
 def experiment(public, trainable="all", **changes):
-    fields = dict(network="wrn", depth=10, width=1, steps=2, augmult=0, eval_every=0, physical_batch_size=8)
+    fields = dict(network="wrn", depth=10, width=1, steps=2, augmult=0, eval_every=0, physical_batch_size=2)
     return tiny.experiment(**{**fields, **changes}, pretrained=public, trainable=trainable)
 
 
@@ -214,7 +214,7 @@ def test_data_sets_are_known_by_name_however_spelt(name, text, there):
     assert pretrained.names(name, text) == there
 
 
-SCRATCH = dict(network="wrn", depth=10, width=1, steps=1, augmult=0, eval_every=0, physical_batch_size=8)
+SCRATCH = dict(network="wrn", depth=10, width=1, steps=1, augmult=0, eval_every=0, physical_batch_size=2)
 
 
 @pytest.mark.slow
