@@ -59,7 +59,7 @@ def setup(make, shape, views, *, examples=3, integers=False):
     params = jax.tree.map(lambda p: jnp.asarray(0.3 * rng.standard_normal(p.shape) + (p.ndim == 1)), params)
     shape = (examples, views, *shape)
     inputs = rng.integers(0, 7, shape) if integers else rng.standard_normal(shape)
-    weights = rng.standard_normal((examples, 1)) ** 3  # spreads the norms around the clip
+    weights = (-3.0) ** np.arange(-1, examples - 1).reshape(-1, 1)  # spreads the norms around the clip
 
     def loss(params, example):
         inputs, weight = example
