@@ -5,6 +5,7 @@ Where random numbers decide, their seeds are fixed and the false-alarm rate is s
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,7 @@ def dataset(images, labels) -> Dataset:
     return Dataset("canaries", split, split, tuple("abcd"))
 
 
+@functools.cache  # no test changes a trainer: faults are put into copies, which share compiled programs
 def one_canary(n: int = N, pixel: int = 255, **changes) -> update.Trainer:
     """Grey images whose gradients are nearly zero, and the canary: white, of another class."""
     images = np.tile(GREY, (n, 64))
@@ -48,6 +50,7 @@ def one_canary(n: int = N, pixel: int = 255, **changes) -> update.Trainer:
     return trainer(dataset(images, labels), expected_batch_size=n // 2, physical_batch_size=n, **changes)
 
 
+@functools.cache
 def many_canaries(**changes) -> update.Trainer:
     """Grey images, each with one bright pixel of its own: 192 canaries with orthogonal gradients."""
     images = np.tile(GREY, (192, 64))
@@ -116,7 +119,7 @@ def test_the_trainer_keeps_its_promise():
 
 def test_missing_clipping_is_caught(monkeypatch):
     no_clipping(monkeypatch)
-    assert measured(one_canary()) > STATED
+    assert measured(one_canary.__wrapped__()) > STATED
 
 
 def test_half_the_noise_is_caught():
@@ -192,7 +195,7 @@ def test_one_run_of_the_trainer_keeps_its_promise():
 
 def test_one_run_catches_missing_clipping(monkeypatch):
     no_clipping(monkeypatch)
-    assert one_run(many_canaries(noise_multiplier=ONE_RUN_SIGMA)) > ONE_RUN_STATED
+    assert one_run(many_canaries.__wrapped__(noise_multiplier=ONE_RUN_SIGMA)) > ONE_RUN_STATED
 
 
 def test_one_run_catches_an_eighth_of_the_noise():

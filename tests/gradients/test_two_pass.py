@@ -25,7 +25,7 @@ from test_clipping import (
 
 from dpnb.experiments import experiment
 from dpnb.gradients import FORMS, ClippedGrad, choose_form, clipped_grad
-from dpnb.models import NFNet, NFResNet, WideResNet, functional
+from dpnb.models import NFNet, NFResNet, functional
 from dpnb.models.layers import Conv
 
 pytestmark = pytest.mark.usefixtures("strict_ranks")
@@ -38,26 +38,14 @@ def test_an_experiment_can_ask_for_every_form():
 
 both_forms = pytest.mark.parametrize("form", FORMS)
 
-NETWORKS = {
-    "wide-resnet": (lambda r: WideResNet(10, 1, rngs=r), (6, 6, 3)),
-    "nf-resnet": (lambda r: NFResNet((1, 2, 1, 1), 5, width=0.0625, rngs=r), (16, 16, 3)),
-    "nfnet": (lambda r: NFNet((1, 2, 1, 1), 5, width=0.0625, rngs=r), (16, 16, 3)),
-}
-
-
-# 1. The same sum.
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("network", NETWORKS)
-def test_whole_networks_match_a_loop_over_examples(network, float64):
-    check_against_loop(*setup(*NETWORKS[network], 2, examples=2), form="two-pass")
+# 1. The same sum; that of whole networks is compared in test_clipping.py.
 
 
 @pytest.mark.parametrize("layer", ["other block", "group norm", "dense", "flax attention", "flax embedding"])
-def test_layers_match_a_loop_over_examples(layer, float64, backend):  # noqa: F811
+def test_layers_match_a_loop_over_examples(layer, float64):
     problem = setup(*LAYERS[layer], 2, examples=4, integers=layer == "flax embedding")
-    check_against_loop(*problem, form="two-pass", microbatch_size=2)
+    way = dict(form="two-pass", microbatch_size=2)
+    check_against_loop(*problem, dict(way, backend="cpu"), dict(way, backend="gpu"))
 
 
 OPTIONS = {

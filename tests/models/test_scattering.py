@@ -17,6 +17,7 @@ from dpnb.models import ScatterLinear, functional, scattering
 from dpnb.training import features
 
 RANDOM = np.random.default_rng(0)
+FEATURES = jax.jit(scattering.features)
 
 
 def test_filters_are_what_they_should_be():
@@ -107,14 +108,14 @@ def test_features_are_standardised():
     """Random images: about mean 0 and deviation 1 by channel; every image: mean 0 and variance 1."""
     mean, std = scattering.standards()
     assert mean.shape == std.shape == (scattering.CHANNELS,) and (std > 0.01).all()
-    made = np.asarray(scattering.features(scattering.random_images(60), mean, std))
+    made = np.asarray(FEATURES(scattering.random_images(60), mean, std))
     assert made.shape == (60, 8, 8, 243)
     np.testing.assert_allclose(made.mean((1, 2, 3)), 0, atol=1e-5)
     np.testing.assert_allclose(made.var((1, 2, 3)), 1, rtol=1e-4)
     channels = made.reshape(-1, 3, scattering.CHANNELS)
     assert np.abs(channels.mean((0, 1))).max() < 0.3
     assert channels.std((0, 1)).min() > 0.6 and channels.std((0, 1)).max() < 1.5
-    black = scattering.features(np.zeros((1, 32, 32, 3), np.uint8), mean, std)
+    black = FEATURES(np.zeros((60, 32, 32, 3), np.uint8), mean, std)
     assert np.isfinite(black).all()
 
 
@@ -124,7 +125,7 @@ def test_features_look_at_one_image_only():
     images = RANDOM.integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
     changed = images.copy()
     changed[2] = 255 - changed[2]
-    a, b = (np.asarray(scattering.features(x, *standards)) for x in (images, changed))
+    a, b = (np.asarray(FEATURES(x, *standards)) for x in (images, changed))
     moved = np.abs(a - b).max((1, 2, 3)) > 1e-6
     assert moved.tolist() == [False, False, True, False]
 
@@ -147,6 +148,15 @@ def test_linear_layer_per_example(rows, float64):
     want, _ = clipped_grad(plain, 1.0)(params, x)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_batches():
+    """Features of 100 images at a time, not of 500: batches are filled up, and there are few images here."""
+    original = features._features
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features, "_features", lambda *given: original(*given, 100))
+        yield
 
 
 @pytest.fixture(scope="module")

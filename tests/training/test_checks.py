@@ -4,6 +4,7 @@ All seeds are fixed. A sound trainer of other seeds fails in one of 10^9 cases a
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +25,17 @@ from dpnb.training import UnsoundTrainer, check_trainer, checks, update
 from dpnb.training.features import FeatureDataset, FeatureSplit
 
 
-def make(devices: int = 1, model=None, optimizer=None, data=None, **changes) -> update.Trainer:
+def fresh(devices: int = 1, model=None, optimizer=None, data=None, **changes) -> update.Trainer:
     model = tiny.Linear() if model is None else model
     return update.make_trainer(
         tiny.experiment(**changes), data or tiny.data(), seed=3, model=model, optimizer=optimizer,
         devices=jax.devices()[:devices],
     )  # fmt: skip
+
+
+make = functools.cache(
+    fresh
+)  # no trainer changes: tests put pieces into copies, which share compiled programs
 
 
 def put_in(trainer, **pieces) -> update.Trainer:
@@ -91,7 +97,7 @@ def test_sound_trainers_pass(how):
 
 def test_a_report_says_nothing_about_the_data():
     """Other images of the same number: the same words."""
-    assert check_trainer(make(data=tiny.data(seed=1))) == check_trainer(make(data=tiny.data(seed=2)))
+    assert check_trainer(fresh(data=tiny.data(seed=1))) == check_trainer(fresh(data=tiny.data(seed=2)))
 
 
 def test_the_trainer_stays_as_it_was():
@@ -108,13 +114,13 @@ def test_the_trainer_stays_as_it_was():
 def test_streamed_photographs_pass(tmp_path):
     write_folders(tiny.data(), tmp_path / "noise", side=12)
     photographs = load("noise", data_dir=tmp_path, image_size=8)
-    assert check_trainer(make(data=photographs, image_size=8, devices=2)).ok
+    assert check_trainer(fresh(data=photographs, image_size=8, devices=2)).ok
 
 
 def test_features_pass_and_those_that_are_too_large_to_copy(monkeypatch):
     numbers = np.random.default_rng(0).normal(size=(64, 192)).astype(np.float32)
     split = FeatureSplit(numbers, tiny.data().train.labels)
-    trainer = make(data=FeatureDataset("f", split, split, tuple("abcd"), "", "1", "none"), augmult=0)
+    trainer = fresh(data=FeatureDataset("f", split, split, tuple("abcd"), "", "1", "none"), augmult=0)
     assert check_trainer(trainer).ok
     monkeypatch.setattr(checks, "LARGE", 0)
     assert check_trainer(trainer).ok
@@ -130,7 +136,7 @@ def test_what_cannot_be_checked_is_said():
 
 
 def test_no_program_is_compiled_twice():
-    trainer = make(devices=2)
+    trainer = fresh(devices=2)
     check_trainer(trainer)
     update.one_update(trainer, trainer.state)
     assert trainer.update._cache_size() == trainer.accumulate._cache_size() == 1
@@ -437,7 +443,7 @@ def test_what_rounds_by_its_place_is_measured_and_more_than_rounding_is_refused(
 def test_a_clip_that_is_too_long_is_found(monkeypatch, factor):
     right = ClippedGrad._factor
     monkeypatch.setattr(ClippedGrad, "_factor", lambda self, norms: factor * right(self, norms))
-    assert f"moves the sum by {factor:.3g}" in failures(make())
+    assert f"moves the sum by {factor:.3g}" in failures(fresh())
 
 
 def test_float_sums_are_found():

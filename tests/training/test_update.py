@@ -100,7 +100,8 @@ def test_non_finite_examples_contribute_nothing():
     bad, good = np.flatnonzero(bright)[0], np.flatnonzero(tiny.data().train.images[:, 0, 0, 0] < 100)[0]
     total, seen = gradient(t, [bad, good, bad, 0], [1, 1, 1, 0])
     expected, _ = gradient(healthy, [good, 0, 0, 0], [1, 0, 0, 0])
-    np.testing.assert_allclose(total, expected, rtol=1e-6)
+    # Two programs round differently, and integers in units of the grid may then differ by one.
+    np.testing.assert_allclose(total, expected, rtol=0, atol=1.001 * t.grad.unit)
     assert float(seen.nonfinite.sum()) == 2 and float(seen.examples.sum()) == 3
     padded, _ = gradient(t, [good, bad, bad, bad], [1, 0, 0, 0])  # padding that is not finite
     assert np.array_equal(total, padded)
