@@ -29,12 +29,15 @@ OPTIONS = {
 }  # fmt: skip
 # By the first part of a name, or its first two; else NOTEBOOK.
 NOTEBOOKS_OF = {"pretrain": "pretrain_public.ipynb", "imagenet/scratch": "imagenet_from_scratch.ipynb"}
-FIGURES = {f"{name}/finetune": "cifar_finetune.ipynb" for name in ("cifar10", "cifar100")}
-FIGURES |= {f"{name}/finetune": "imagenet_finetune.ipynb" for name in ("imagenet", "places365")}
+_STUDIES = {f"cifar10/{study}": notebook for study, notebook in studies.STUDIES.items()}
 # What `dpnb run STUDY` executes, with the cells STUDY/*.
-STUDY_NOTEBOOKS = {f"cifar10/{study}": notebook for study, notebook in studies.STUDIES.items()}
-FIGURES |= STUDY_NOTEBOOKS
-STUDY_NOTEBOOKS |= digits.STUDIES
+STUDY_NOTEBOOKS = _STUDIES | digits.STUDIES
+# What draws the figures of a sweep, from its records alone.
+FIGURES = {
+    **{f"{name}/finetune": "cifar_finetune.ipynb" for name in ("cifar10", "cifar100")},
+    **{f"{name}/finetune": "imagenet_finetune.ipynb" for name in ("imagenet", "places365")},
+    **_STUDIES,
+}
 RECORDS = "directory of records (default: results, else those that come with dpnb)"
 # The rows of the table in the README, (experiment, preset).
 README_ROWS = (

@@ -31,8 +31,8 @@ class Progress:
     """Counts updates from `start` to `total`, and shows numbers beside them.
 
     In a batch job it prints a line for every twentieth of the run, but no more than one in a second, and whenever
-    more than `seconds` have passed since the last. Speed and time left leave out the first update of this process, most of which is
-    compilation.
+    more than `seconds` have passed since the last. Speed and time left leave out the first update of this
+    process, most of which is compilation.
     """
 
     def __init__(self, total: int, start: int = 0, seconds: float = 60.0):

@@ -33,9 +33,8 @@ def fresh(devices: int = 1, model=None, optimizer=None, data=None, **changes) ->
     )  # fmt: skip
 
 
-make = functools.cache(
-    fresh
-)  # no trainer changes: tests put pieces into copies, which share compiled programs
+# No trainer changes: tests put pieces into copies, which share compiled programs.
+make = functools.cache(fresh)
 
 
 def put_in(trainer, **pieces) -> update.Trainer:
