@@ -58,3 +58,24 @@ def disk_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("DPNB_CACHE_GIB", "1")
     monkeypatch.setattr("dpnb.cache._warned", False)
     return tmp_path / "cache"
+
+
+_reports = {}
+
+
+@pytest.fixture
+def checked_once(monkeypatch):
+    """Of trainers of one experiment, shape and configuration of JAX, the first is checked, which takes half of a
+    tiny run: for tests of what happens afterwards."""
+    from dpnb.training import session
+
+    check = session.check_trainer
+
+    def once(trainer):
+        shapes = str(jax.tree.map(lambda p: (p.shape, p.dtype), trainer.state))
+        key = trainer.experiment.replace(seed=None), shapes, trainer.mesh, str(jax.config.values)
+        if key not in _reports:
+            _reports[key] = check(trainer)
+        return _reports[key]
+
+    monkeypatch.setattr(session, "check_trainer", once)

@@ -15,6 +15,7 @@ import tiny
 from dpnb import cli, data, files, folders, results, sweep, training
 from dpnb.training import session, update
 
+pytestmark = pytest.mark.usefixtures("checked_once")
 CHANGES = dict(dataset="bands", steps=2, expected_batch_size=24, delta=1e-3, physical_batch_size=8, augmult=0,
                accountant="rdp", eval_every=0)  # fmt: skip
 

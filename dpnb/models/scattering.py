@@ -219,6 +219,7 @@ def build(experiment, num_classes: int, rngs: nnx.Rngs) -> ScatterLinear:
     return ScatterLinear(num_classes)
 
 
+@functools.lru_cache  # compiled once for all cells and their verification
 def make_transform(side: int) -> Callable[[jax.Array], jax.Array]:
     """Returns `features` with `standards(side)`: uint8 [batch, side, side, 3] -> float32 [batch, ...]."""
     mean, std = standards(side)

@@ -143,10 +143,10 @@ def _fingerprint(fingerprint: str, recorded: str, private: pathlib.Path, note: s
 
 def _accuracy(record, experiment: Experiment, found: data.Dataset, file: pathlib.Path) -> list[Check]:
     arrays = load_file(file)
-    found = features.prepare(experiment, found)
+    test = features.prepare_test(experiment, found)
     params, apply = functional(make_model(experiment, len(found.classes), initial_rngs(0)))
-    m = measure(apply, unflatten(arrays, params), found.test, found.recipe, TIE[experiment.compute_dtype])
-    n, ema, loss = len(found.test), record["accuracy"]["ema"], record["loss"]["ema"]
+    m = measure(apply, unflatten(arrays, params), test, found.recipe, TIE[experiment.compute_dtype])
+    n, ema, loss = len(test), record["accuracy"]["ema"], record["loss"]["ema"]
     within = max(1, min(m.ties, int(MOST_TIES * n)))
     text = f"EMA accuracy {ema:.2f} %, from the weights {100 * m.right / n:.2f} % of {n} images"
     text += f" (within {within}: near-ties)"

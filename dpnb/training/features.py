@@ -90,10 +90,22 @@ def prepare(experiment: Experiment, data: Dataset) -> Dataset:
     if fixed := registry.fixed_features(experiment):
         return _fixed(data, fixed)
     weights.provenance(experiment.pretrained, data)
-    # Pass on only the fields that affect the features, so that experiments share them.
-    own = {"network": experiment.network, "pretrained": experiment.pretrained}
-    like = Experiment("features", **(own | registry.feature_fields(experiment)))
-    return _extracted(data, _network(experiment), like)
+    return _extracted(data, _network(experiment), _like(experiment))
+
+
+def prepare_test(experiment: Experiment, data: Dataset):
+    """Returns what `prepare(experiment, data).test` holds, to the bit, without the features of training images.
+
+    Raises:
+      KeyError, ValueError, OSError: as `prepare`.
+    """
+    if not experiment.on_features or isinstance(data, FeatureDataset):
+        return prepare(experiment, data).test
+    if fixed := registry.fixed_features(experiment):
+        return extract(fixed.make_transform(data.shape[0]), data.test)
+    weights.provenance(experiment.pretrained, data)
+    batch_size = registry.find_network(experiment.network).feature_batch
+    return extract(_make_transform(data, _like(experiment)), data.test, batch_size)
 
 
 def check(experiment: Experiment, data: Dataset) -> None:
@@ -132,14 +144,22 @@ def _network(e: Experiment) -> str:
     return f"what the classifier reads in a {kind} of {fields} with the weights {content}"
 
 
+def _like(experiment: Experiment) -> Experiment:
+    """Keeps only the fields that affect the features, so that experiments share them."""
+    own = {"network": experiment.network, "pretrained": experiment.pretrained}
+    return Experiment("features", **(own | registry.feature_fields(experiment)))
+
+
+def _make_transform(data: Dataset, experiment: Experiment) -> Callable:
+    model = registry.make_network(experiment, len(data.classes), nnx.Rngs(0))
+    check_independent(model, np.random.default_rng(0).normal(size=(3, *data.shape)))
+    return jax.jit(lambda images: model.features(normalise(images, data.recipe)).astype("float32"))
+
+
 @functools.lru_cache(maxsize=1)
 def _extracted(data: Dataset, words: str, experiment: Experiment) -> FeatureDataset:
-    def make_transform():
-        model = registry.make_network(experiment, len(data.classes), nnx.Rngs(0))
-        check_independent(model, np.random.default_rng(0).normal(size=(3, *data.shape)))
-        return jax.jit(lambda images: model.features(normalise(images, data.recipe)).astype("float32"))
-
-    return _features(data, words, make_transform, registry.find_network(experiment.network).feature_batch)
+    batch_size = registry.find_network(experiment.network).feature_batch
+    return _features(data, words, lambda: _make_transform(data, experiment), batch_size)
 
 
 @functools.lru_cache(maxsize=1)

@@ -192,9 +192,22 @@ def test_identity_of_features(digits):
     assert ready.fingerprint == features.fingerprint(EXPERIMENT, digits) != digits.fingerprint
     images = Experiment("x")
     assert features.prepare(images, digits) is digits
+    assert features.prepare_test(images, digits) is digits.test
     assert features.fingerprint(images, digits) == digits.fingerprint
     other = features.fingerprint(EXPERIMENT, tiny.data())
     assert other != ready.fingerprint
+
+
+def test_features_of_test_images_alone_are_the_same_to_the_bit(digits, monkeypatch):
+    """Which is all that verification reads: no training image is looked at."""
+    ready = features.prepare(EXPERIMENT, digits)
+    assert features.prepare_test(EXPERIMENT, ready) is ready.test
+    read, extract = [], features.extract
+    monkeypatch.setattr(features, "extract", lambda *given: read.append(given[1]) or extract(*given))
+    alone = features.prepare_test(EXPERIMENT, digits)
+    assert len(read) == 1 and read[0] is digits.test
+    assert alone.images.tobytes() == ready.test.images.tobytes()
+    assert alone.labels.tolist() == ready.test.labels.tolist()
 
 
 def test_no_views_of_features():

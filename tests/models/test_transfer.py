@@ -131,6 +131,7 @@ def test_classifier_only_is_the_last_layer_of_the_same_network(public):
     prepared = features.prepare(e, images)
     assert prepared.train.images.shape == (20, 64) and prepared.train.images.dtype == np.float32
     assert features.fingerprint(e, images) == prepared.fingerprint
+    assert features.prepare_test(e, images).images.tobytes() == prepared.test.images.tobytes()
     params, apply = functional(make_model(e, tiny.CLASSES, nnx.Rngs(0)))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), params)

@@ -26,7 +26,6 @@ WRN = "cifar10/wrn-16-4/eps1"
 
 @functools.cache
 def digits():
-    """Loaded once, so that their features are computed once."""
     return data.load("digits")
 
 
@@ -44,18 +43,26 @@ def genuine():
             scattering, "make_transform", lambda side: jax.jit(make(side), compiler_options=options)
         )
         ready, out = features.prepare(e, digits()), shared_runs.temporary("genuine")
-    return out, results.save(training.train(e, ready, out), ready, out)
+    return out, results.save(training.train(e, ready, out), ready, out), ready
 
 
 @pytest.fixture
 def verify(genuine, tmp_path, monkeypatch):
     """`verify(change, files)`: the report on a copy of the record after `change(record)`, its epsilons
-    recomputed, and `files(directory)`."""
-    known, load = digits(), data.load
-    monkeypatch.setattr(data, "load", lambda name, **kw: known if name == "digits" else load(name, **kw))
+    recomputed, and `files(directory)`.
+
+    Features are those that trained, whose equality with `prepare_test` is tested in test_scattering.py.
+    """
+    out, record, ready = genuine
+    load, prepare_test = data.load, features.prepare_test
+    monkeypatch.setattr(data, "load", lambda name, **kw: digits() if name == "digits" else load(name, **kw))
+
+    def known(experiment, of):
+        return ready.test if experiment.on_features and of is digits() else prepare_test(experiment, of)
+
+    monkeypatch.setattr(features, "prepare_test", known)
 
     def verify(change=lambda record: None, files=lambda directory: None):
-        out, record = genuine
         copied = shutil.copytree(out, tmp_path / "record")
         forged = copy.deepcopy(record)
         change(forged)

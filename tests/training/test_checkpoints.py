@@ -21,6 +21,9 @@ from dpnb.training import checkpoints, loop, replay, seeds
 from dpnb.training.identity import computation
 
 
+pytestmark = pytest.mark.usefixtures("checked_once")
+
+
 def train(directory, **options):
     options = {"checkpoint_every": 0.0, "devices": jax.devices()[:1], "model": tiny.Linear(), **options}
     experiment = options.pop("experiment", None) or tiny.experiment(augmult=0, eval_every=2)

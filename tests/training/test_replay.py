@@ -22,6 +22,7 @@ from dpnb.privacy.noise import GridNoise
 from dpnb.training import loop, replay, seeds, session, settings, update
 from dpnb.training.replay import Payer, digest
 
+pytestmark = pytest.mark.usefixtures("checked_once")
 E = tiny.experiment(augmult=1, eval_every=3)
 STEPS = E.steps
 
