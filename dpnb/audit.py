@@ -22,6 +22,7 @@ bits for differential privacy (doi 10.1145/2382196.2382264).
 
 import bisect
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -327,12 +328,15 @@ def one_run_bound(included, scores, *, high: int, low: int = 0, delta, confidenc
     coins = included[np.argsort(scores, kind="stable")]
     right = int(coins[m - high :].sum() + (~coins[:low]).sum())
 
-    def bound(right):
-        above = lambda epsilon: p_value(right, guesses, m, epsilon, delta) - (1 - confidence)
-        return 0.0 if above(0.0) >= 0 else float(optimize.brentq(above, 0.0, 100.0))
-
+    proven = (_proven_by(count, guesses, m, delta, confidence) for count in (right, guesses))
     found = f"{right} of {guesses} guesses right, {m} canaries"
-    return Bound(bound(right), delta, confidence, found, bound(guesses))
+    return Bound(next(proven), delta, confidence, found, next(proven))
+
+
+@functools.lru_cache(maxsize=4096)
+def _proven_by(right: int, guesses: int, canaries: int, delta: float, confidence: float) -> float:
+    above = lambda epsilon: p_value(right, guesses, canaries, epsilon, delta) - (1 - confidence)
+    return 0.0 if above(0.0) >= 0 else float(optimize.brentq(above, 0.0, 100.0))
 
 
 def p_value(right: int, guesses: int, canaries: int, epsilon: float, delta: float) -> float:

@@ -1,11 +1,12 @@
 """Two runs that many tests look at, each made once: a tiny one here, a short one through the notebook.
 
-Also the root of the checkout, and subprocesses that import it.
+Also the root of the checkout, subprocesses that import it, and an installation of its wheel.
 """
 
 import functools
 import os
 import pathlib
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,6 +18,8 @@ import numpy as np
 ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOK = ROOT / "notebooks" / "cifar10_from_scratch.ipynb"
 SMALL = ("steps=3", "expected_batch_size=24", "eval_every=2", "eval_examples=50", "physical_batch_size=8")
+OPTIMISED = {"XLA_FLAGS": ""}  # in place of what `environment` says
+BUILD = "import sys, hatchling.build; print(getattr(hatchling.build, sys.argv[1])(sys.argv[2]))"
 _cleanup = []  # temporary directories live as long as the tests do
 
 
@@ -60,8 +63,11 @@ def python(*arguments, timeout: float = 900, **changes: str) -> subprocess.Compl
     )  # fmt: skip
 
 
-def execute(name, folder, **given):
-    """Papermill runs notebooks/NAME at preset smoke: the outputs, and all the text in them."""
+def execute(name, folder, optimised=False, **given):
+    """Papermill runs notebooks/NAME at preset smoke: the outputs, and all the text in them.
+
+    optimised: what computes more than it compiles is done sooner.
+    """
     import nbformat
     import yaml
 
@@ -72,20 +78,68 @@ def execute(name, folder, **given):
     executed = folder / pathlib.Path(name).name
     done = python(
         "-m", "papermill", NOTEBOOK.parent / name, executed, "-f", folder / "parameters.yaml",
-        "--cwd", folder, "--no-progress-bar", "-k", "python3",
+        "--cwd", folder, "--no-progress-bar", "-k", "python3", **(OPTIMISED if optimised else {}),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     outputs = [o for cell in nbformat.read(executed, 4).cells for o in cell.get("outputs", ())]
     return outputs, "".join(o.get("text", "") + o.get("data", {}).get("text/markdown", "") for o in outputs)
 
 
+def build(kind: str, tree: pathlib.Path, out: pathlib.Path) -> pathlib.Path:
+    """The wheel, sdist or editable wheel of a source tree, in a folder of its own."""
+    out.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", BUILD, f"build_{kind}", str(out)], cwd=tree, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return out / done.stdout.strip()
+
+
+@functools.cache
+def installed() -> types.SimpleNamespace:
+    """The wheel of this tree, alone in a folder inside a checkout of something else.
+
+    `run(command, cwd, status)` is what `python COMMAND` with it printed, `dpnb(...)` the same of its command.
+    """
+    project = temporary("project")
+    wheel, site = build("wheel", ROOT, project / "wheel"), project / "site"
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", site]
+    subprocess.run([*pip, wheel], check=True)
+    if shutil.which("git"):
+        name = ["-c", "user.name=x", "-c", "user.email=x@x"]
+        for arguments in (["init", "-q"], [*name, "commit", "-q", "--allow-empty", "-m", "theirs"]):
+            subprocess.run(["git", *arguments], cwd=project, check=True)
+
+    def run(command, cwd, status=0, **changes):
+        done = subprocess.run(
+            [sys.executable, *map(str, command)], env={**environment(), "PYTHONPATH": str(site), **changes}, cwd=cwd,
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == status, done.stderr[-3000:]
+        return done
+
+    def dpnb(*arguments, cwd, status=0, **changes):
+        return run([site / "bin" / "dpnb", *arguments], cwd, status, **changes)
+
+    return types.SimpleNamespace(wheel=wheel, site=site, run=run, dpnb=dpnb)
+
+
+def installed_files() -> set[pathlib.Path]:
+    """What lies in the folder of the installed wheel; runs add nothing to it."""
+    return {path for path in installed().site.rglob("*") if "__pycache__" not in path.parts}
+
+
 @functools.cache
 def demo() -> types.SimpleNamespace:
-    """`dpnb run digits/wrn-10-1`, three updates long: its output directory, what it printed, how it ended."""
-    out = temporary("demo")
+    """`dpnb run digits/wrn-10-1` with the wheel, three updates long: the working directory, its output directory,
+    what it printed."""
+    work = temporary("demo")
+    before = installed_files()
     sets = [f"--set={pair}" for pair in SMALL]
-    done = python("-m", "dpnb.cli", "run", "digits/wrn-10-1", "--preset=smoke", *sets, f"--out={out}")
-    return types.SimpleNamespace(out=out, stdout=done.stdout, stderr=done.stderr, returncode=done.returncode)
+    done = installed().dpnb("run", "digits/wrn-10-1", "--preset=smoke", *sets, cwd=work)
+    assert installed_files() == before
+    (record,) = work.rglob("result.json")
+    return types.SimpleNamespace(work=work, out=record.parent, stdout=done.stdout, stderr=done.stderr)
 
 
 @functools.cache

@@ -1,8 +1,8 @@
-"""The wheel is whole: built twice, installed into an empty folder, and used from another one."""
+"""The wheel is whole: built twice, installed into an empty folder, and used from another one.
 
-import shutil
+What it runs is in tests/notebooks/test_demo.py and test_from_scratch.py."""
+
 import subprocess
-import sys
 import tarfile
 import types
 import zipfile
@@ -13,18 +13,6 @@ from shared_runs import ROOT
 
 from dpnb import folders
 from dpnb.training import identity
-
-BUILD = "import sys, hatchling.build; print(getattr(hatchling.build, sys.argv[1])(sys.argv[2]))"
-
-
-def build(kind, tree, out):
-    """The wheel, sdist or editable wheel of a source tree, in a folder of its own."""
-    out.mkdir()
-    done = subprocess.run(
-        [sys.executable, "-c", BUILD, f"build_{kind}", str(out)], cwd=tree, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return out / done.stdout.strip()
 
 
 def content(wheel):
@@ -37,40 +25,23 @@ def content(wheel):
 def built(tmp_path_factory):
     """The sdist's names, its wheel, and the wheel of this very tree."""
     folder = tmp_path_factory.mktemp("built")
-    with tarfile.open(build("sdist", ROOT, folder / "sdist")) as file:
+    with tarfile.open(shared_runs.build("sdist", ROOT, folder / "sdist")) as file:
         file.extractall(folder, filter="data")
         (top,) = {name.split("/")[0] for name in file.getnames()}
         names = {member.name.partition("/")[2] for member in file.getmembers() if member.isfile()}
-    wheel = build("wheel", ROOT, folder / "wheel")
-    return types.SimpleNamespace(
-        names=names, wheel=wheel, of_sdist=build("wheel", folder / top, folder / "again")
-    )
+    of_sdist = shared_runs.build("wheel", folder / top, folder / "again")
+    return types.SimpleNamespace(names=names, wheel=shared_runs.installed().wheel, of_sdist=of_sdist)
 
 
 @pytest.fixture(scope="module")
-def installed(built, tmp_path_factory):
+def installed():
     """A folder with nothing but the wheel, inside a checkout of something else; `dpnb(...)` runs the command."""
-    project = tmp_path_factory.mktemp("project")
-    site = project / "site"
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", site]
-    subprocess.run([*pip, built.wheel], check=True)
-    if shutil.which("git"):
-        name = ["-c", "user.name=x", "-c", "user.email=x@x"]
-        for arguments in (["init", "-q"], [*name, "commit", "-q", "--allow-empty", "-m", "theirs"]):
-            subprocess.run(["git", *arguments], cwd=project, check=True)
-    environment = {**shared_runs.environment(), "PYTHONPATH": str(site)}
+    made = shared_runs.installed()
 
-    def run(command, cwd, status=0):
-        done = subprocess.run(
-            [sys.executable, *map(str, command)], env=environment, cwd=cwd, capture_output=True, text=True
-        )
-        assert done.returncode == status, done.stderr
-        return done.stdout
+    def dpnb(*arguments, **how):
+        return made.dpnb(*arguments, **how).stdout
 
-    def dpnb(*arguments, cwd, status=0):
-        return run([site / "bin" / "dpnb", *arguments], cwd, status)
-
-    return types.SimpleNamespace(site=site, run=run, dpnb=dpnb)
+    return types.SimpleNamespace(site=made.site, run=made.run, dpnb=dpnb)
 
 
 def test_the_sdist_builds_the_same_wheel(built):
@@ -107,7 +78,7 @@ def test_what_a_wheel_holds(built):
 
 
 def test_an_editable_installation_uses_the_checkout(tmp_path):
-    made = content(build("editable", ROOT, tmp_path / "editable"))
+    made = content(shared_runs.build("editable", ROOT, tmp_path / "editable"))
     inside = {name for name in made if ".dist-info/" not in name}
     assert inside == {"_dpnb.pth"} and made["_dpnb.pth"] == str(ROOT).encode()
     assert not folders.INSTALLED and folders.ROOT == ROOT
@@ -150,7 +121,7 @@ weights.load("wrn-10-2-textures")
 @pytest.mark.slow
 def test_weights_hash_and_revision(installed, tmp_path):
     """Public weights are there, the code is the same to the bit, and nobody else's revision is taken for ours."""
-    said = installed.run(["-c", LOOK], tmp_path).splitlines()
+    said = installed.run(["-c", LOOK], tmp_path).stdout.splitlines()
     assert said == [str(installed.site), identity.code(), "''", str(tmp_path / "runs")]
 
 
@@ -159,14 +130,3 @@ def test_a_record_says_that_its_weights_stayed_out(installed, tmp_path):
     record = installed.site / "dpnb" / "share" / "results" / "cifar10" / "wrn-16-4" / "eps8" / "smoke-seed0"
     said = installed.dpnb("verify", record, "--data-file", tmp_path / "none.npz", cwd=tmp_path, status=3)
     assert "a wheel leaves out ema.safetensors; the weights on record are in the repository" in said
-
-
-@pytest.mark.notebook
-def test_a_run(installed, tmp_path):
-    """Three updates through the notebook; all that is written lies in the working directory."""
-    before = {path for path in installed.site.rglob("*") if "__pycache__" not in path.parts}
-    sets = [f"--set={pair}" for pair in shared_runs.SMALL]
-    said = installed.dpnb("run", "digits/wrn-10-1", *sets, cwd=tmp_path)
-    (record,) = tmp_path.rglob("result.json")
-    assert record.parts[len(tmp_path.parts)] == "runs" and str(record.relative_to(tmp_path)) in said
-    assert {path for path in installed.site.rglob("*") if "__pycache__" not in path.parts} == before

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import stats
 
 from dpnb.training import seeds, update
 from dpnb.training.sharding import batch_sharding, fetch_replicated, put, replicated
@@ -141,6 +140,8 @@ def _kind(x) -> tuple:
 
 def _drawn(draws: list, std: float) -> Iterator[Finding]:
     """Checks noise of several steps and, last, another seed, a pytree each; std: the least it must have."""
+    from scipy import stats  # half a second, which what trains nothing need not wait for
+
     names = [jax.tree_util.keystr(path) for path, x in jax.tree.leaves_with_path(draws[0]) if x.size]
     leaves = [[np.ravel(x) for x in jax.tree.leaves(draw) if x.size] for draw in draws]  # [draws][leaves]
     most = math.hypot(std + 8, 12**-0.5)  # GridNoise rounds up to a multiple of 8, and then to integers
@@ -447,6 +448,8 @@ def _shuffled(tables, size: int) -> list[str]:
 
 def _poisson(tables: list[np.ndarray], q: float) -> list[str]:
     """Says what is wrong with batches, bool [steps, n] each; each count is binomial given earlier ones."""
+    from scipy import stats
+
     (steps, n), wrong, rng = tables[0].shape, [], np.random.default_rng(OWN_SEED)
     alarm = (
         ALARM / 2 / 31
@@ -479,5 +482,7 @@ def _poisson(tables: list[np.ndarray], q: float) -> list[str]:
 
 def _normal(counts, trials, q: float, rng) -> np.ndarray:
     """Maps binomial counts to exactly standard normal numbers by their quantiles, ties broken at random."""
+    from scipy import stats
+
     below, here = stats.binom.cdf(counts - 1, trials, q), stats.binom.pmf(counts, trials, q)
     return stats.norm.ppf(np.clip(below + rng.random(len(counts)) * here, 2.0**-53, 1 - 2.0**-53))

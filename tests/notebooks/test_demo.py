@@ -1,4 +1,4 @@
-"""`dpnb run digits/demo`, which `make demo` runs, executed once and whole: what it teaches, shows and leaves."""
+"""`dpnb run digits/demo`, which `make demo` runs, executed once, whole, with the wheel: what it shows and leaves."""
 
 import json
 import types
@@ -7,22 +7,21 @@ import nbformat
 import pytest
 import shared_runs
 
-from dpnb import cli, data, experiments, sweep
+from dpnb import cli, data, experiments, folders, sweep
 
 pytestmark = pytest.mark.notebook
 CELLS = experiments.names("digits/demo/*")
-FAST = {"XLA_FLAGS": ""}  # more is computed than compiled: a quarter of the time
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """The one execution, at full length: its folder, the folder of its notebook, what it printed."""
-    root = tmp_path_factory.mktemp("demo")
-    done = shared_runs.python("-m", "dpnb.cli", "run", "digits/demo", f"--out={root}", **FAST)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return types.SimpleNamespace(
-        root=root, place=root / "digits" / "demo", stdout=done.stdout, stderr=done.stderr
-    )
+    work, before = tmp_path_factory.mktemp("demo"), shared_runs.installed_files()
+    done = shared_runs.installed().dpnb("run", "digits/demo", cwd=work, **shared_runs.OPTIMISED)
+    assert shared_runs.installed_files() == before
+    assert [path.name for path in work.iterdir()] == ["runs"]
+    place = work / "runs" / "digits" / "demo"
+    return types.SimpleNamespace(root=work / "runs", place=place, stdout=done.stdout, stderr=done.stderr)
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +55,14 @@ def test_accuracies(records):
 def test_the_terminal_shows_table_statement_and_what_next(made):
     out = made.stdout
     order = ["digits.png", "sigma 6.888", "[4/4] digits/demo/not-private", "test accuracy (%)", "accuracy.png",
-             "eps8, seed 0: holds", "epsilon = 3.000 (PLD accountant)", "NOT protected", "What next?", "make lab",
+             "eps8, seed 0: holds", "epsilon = 3.000 (PLD accountant)", "NOT protected", "What next?",
+             "dpnb notebooks DIR",
              "dpnb run cifar10/", "colab.research.google.com", "demo.ipynb"]  # fmt: skip
     position = 0
     for item in order:
         position = out.find(item, position)
         assert position >= 0, item
-    assert out.splitlines()[-1] == f"notebook: {made.place / 'demo.ipynb'}"
+    assert out.splitlines()[-1] == f"notebook: {(made.place / 'demo.ipynb').relative_to(made.root.parent)}"
     assert "encryption" not in made.stderr  # no warning that a reader can do nothing about
     assert len([line for line in out.splitlines() if line.startswith("update ")]) <= 80
 
@@ -75,6 +75,15 @@ def test_the_notebook_and_its_figures(made):
     assert not [o for o in outputs if o.output_type == "error"]
     assert sum("image/png" in o.get("data", {}) for o in outputs) == 2
     assert all(c.execution_count for c in cells if c.cell_type == "code")
+
+
+def test_what_next_in_a_checkout(made, capsys):
+    """There, the notebooks are where they are, and the commands lie in the environment that make made."""
+    cells = nbformat.read(shared_runs.NOTEBOOK.with_name("demo.ipynb"), 4).cells
+    (last,) = [c.source for c in cells if "What next?" in c.source]
+    exec(last, {"folders": folders, "figures": made.place})
+    said = capsys.readouterr().out
+    assert not folders.INSTALLED and "make lab" in said and ".venv/bin/dpnb run cifar10/" in said
 
 
 def test_again_trains_nothing(made):
@@ -103,7 +112,13 @@ def test_a_study_refuses_before_it_starts(capsys, tmp_path, arguments, said):
 def test_a_study_with_a_failing_cell_fails(tmp_path):
     """More images in a batch than there are: it is refused when the data are known, and nothing is charged."""
     done = shared_runs.python(
-        "-m", "dpnb.cli", "run", "digits/demo", f"--out={tmp_path}", "--set=expected_batch_size=5000", **FAST
+        "-m",
+        "dpnb.cli",
+        "run",
+        "digits/demo",
+        f"--out={tmp_path}",
+        "--set=expected_batch_size=5000",
+        **shared_runs.OPTIMISED,
     )
     assert done.returncode == 1 and "digits/demo failed: " in done.stderr, done.stderr
     assert "5000" in done.stderr and not list(tmp_path.rglob("ledger.jsonl"))

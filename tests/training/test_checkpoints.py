@@ -20,7 +20,6 @@ from dpnb.privacy import Ledger, LedgerError, PrivacyBudget
 from dpnb.training import checkpoints, loop, replay, seeds
 from dpnb.training.identity import computation
 
-
 pytestmark = pytest.mark.usefixtures("checked_once")
 
 
