@@ -156,6 +156,7 @@ def small_batches():
     original = features._features
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(features, "_features", lambda *given: original(*given, 100))
+        shared_runs.optimise_scattering(patch)
         yield
 
 

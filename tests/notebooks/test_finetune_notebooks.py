@@ -8,6 +8,7 @@ import shared_runs
 from shared_runs import execute
 from test_studies import CHANGES
 
+from dpnb import data, sweep
 from dpnb.models.weights import catalogue as pretrained
 
 pytestmark = pytest.mark.notebook
@@ -25,12 +26,10 @@ def test_pretraining_saves_weights_that_fine_tuning_takes(tmp_path):
     path = tmp_path / "ema.safetensors"
     assert pretrained.saw(path).startswith("digits, as pretrain/textures (fingerprint ")
     # The digits that these weights saw are refused as private data; another network's data are not.
-    outputs, text = execute(
-        "cifar_finetune.ipynb", tmp_path / "x", pattern="cifar10/finetune/all/eps1",
-        changes={**CHANGES, "pretrained": str(path)},
-    )  # fmt: skip
-    assert "must not have seen the private data" in text
-    assert not list((tmp_path / "x").rglob("result.json"))
+    todo = sweep.plan("cifar10/finetune/all/eps1", "smoke", **{**CHANGES, "pretrained": str(path)})
+    refused = sweep.run(todo, data.load("digits"), tmp_path / "x", say=str)
+    assert "must not have seen the private data" in " ".join(refused.failures.values())
+    assert not refused.records and not list((tmp_path / "x").rglob("result.json"))
 
 
 def test_fine_tuning_trains_and_shows(tmp_path):

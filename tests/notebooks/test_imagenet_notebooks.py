@@ -19,7 +19,11 @@ def figures(outputs):
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scratch")
-    changes = {"width": 0.0625, "accountant": "rdp"}  # what the program for several hosts takes over
+    changes = {
+        "width": 0.0625,
+        "eval_examples": 50,
+        "accountant": "rdp",
+    }  # what the program for several hosts takes over
     return (*execute("imagenet_from_scratch.ipynb", folder, changes=changes), folder)
 
 

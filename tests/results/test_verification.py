@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,7 +14,6 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from dpnb import cli, data, experiments, privacy, results, training
-from dpnb.models import scattering
 from dpnb.results import consistency, verification
 from dpnb.training import features
 
@@ -36,12 +34,8 @@ def genuine():
         "digits/wrn-10-1", "smoke", seed=0, network="scatter-linear", augmult=0, epsilon=8.0, steps=6,
         expected_batch_size=64, eval_every=0,
     )  # fmt: skip
-    make = scattering.make_transform
-    with pytest.MonkeyPatch.context() as patch:  # 2,000 images: optimised code takes a third of the time
-        options = {"xla_backend_optimization_level": 2}
-        patch.setattr(
-            scattering, "make_transform", lambda side: jax.jit(make(side), compiler_options=options)
-        )
+    with pytest.MonkeyPatch.context() as patch:
+        shared_runs.optimise_scattering(patch)
         ready, out = features.prepare(e, digits()), shared_runs.temporary("genuine")
     return out, results.save(training.train(e, ready, out), ready, out), ready
 

@@ -9,6 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+import shared_runs
 
 from dpnb import cache, experiments
 from dpnb.data import Dataset, Split
@@ -92,7 +93,8 @@ def test_they_are_made_once_and_are_the_same_to_the_bit(large, made):
 
 
 @pytest.mark.slow
-def test_scattering_features_are_the_same_to_the_bit(large, made):
+def test_scattering_features_are_the_same_to_the_bit(large, made, monkeypatch):
+    shared_runs.optimise_scattering(monkeypatch)
     first = features.prepare(EXPERIMENT, dataset())
     forget()
     same(first, features.prepare(EXPERIMENT, dataset()))
@@ -184,7 +186,7 @@ def test_the_key_tells_every_way_in_which_features_differ():
 
 
 def test_the_key_is_the_same_in_another_process():
-    code = "import sys; sys.path.insert(0, 'tests/training'); import test_features as t; "
+    code = "import sys; sys.path[:0] = ['tests', 'tests/training']; import test_features as t; "
     code += "print(t.features._key(t.dataset(), 'words', 500))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(features._key(dataset(), "words", 500))
