@@ -335,6 +335,7 @@ def one_run_bound(included, scores, *, high: int, low: int = 0, delta, confidenc
 
 @functools.lru_cache(maxsize=4096)
 def _proven_by(right: int, guesses: int, canaries: int, delta: float, confidence: float) -> float:
+    """The epsilon at which `p_value` is 1 - confidence, 0 if it is larger even there; few counts ask for many bounds."""
     above = lambda epsilon: p_value(right, guesses, canaries, epsilon, delta) - (1 - confidence)
     return 0.0 if above(0.0) >= 0 else float(optimize.brentq(above, 0.0, 100.0))
 

@@ -18,13 +18,8 @@ import numpy as np
 ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOK = ROOT / "notebooks" / "cifar10_from_scratch.ipynb"
 SMALL = (
-    "steps=3",
-    "expected_batch_size=24",
-    "eval_every=2",
-    "eval_examples=50",
-    "physical_batch_size=8",
-    "accountant=rdp",
-)
+    "steps=3", "expected_batch_size=24", "eval_every=2", "eval_examples=50", "physical_batch_size=8", "accountant=rdp"
+)  # fmt: skip
 OPTIMISED = {"XLA_FLAGS": ""}  # in place of what `environment` says
 BUILD = "import sys, hatchling.build; print(getattr(hatchling.build, sys.argv[1])(sys.argv[2]))"
 _cleanup = []  # temporary directories live as long as the tests do

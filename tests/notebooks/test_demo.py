@@ -112,14 +112,9 @@ def test_a_study_refuses_before_it_starts(capsys, tmp_path, arguments, said):
 def test_a_study_with_a_failing_cell_fails(tmp_path):
     """More images in a batch than there are: it is refused when the data are known, and nothing is charged."""
     done = shared_runs.python(
-        "-m",
-        "dpnb.cli",
-        "run",
-        "digits/demo",
-        f"--out={tmp_path}",
-        "--set=expected_batch_size=5000",
+        "-m", "dpnb.cli", "run", "digits/demo", f"--out={tmp_path}", "--set=expected_batch_size=5000",
         **shared_runs.OPTIMISED,
-    )
+    )  # fmt: skip
     assert done.returncode == 1 and "digits/demo failed: " in done.stderr, done.stderr
     assert "5000" in done.stderr and not list(tmp_path.rglob("ledger.jsonl"))
     assert (tmp_path / "digits" / "demo" / "unfinished-demo.ipynb").exists()

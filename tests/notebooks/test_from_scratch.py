@@ -27,9 +27,8 @@ def demo():
 
 
 def test_run_leaves_everything_behind(demo):
-    assert demo.out.is_relative_to(
-        demo.work / "runs" / "digits"
-    )  # below the working directory, and nowhere else
+    """Below `runs` in the working directory, and nowhere else."""
+    assert demo.out.is_relative_to(demo.work / "runs" / "digits")
     for name in ("cifar10_from_scratch.ipynb", "result.json", "curve.png", "confusion.png", "privacy.md",
                  "ledger.jsonl", "ema.safetensors"):  # fmt: skip
         assert (demo.out / name).stat().st_size > 0, name

@@ -19,11 +19,8 @@ def figures(outputs):
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scratch")
-    changes = {
-        "width": 0.0625,
-        "eval_examples": 50,
-        "accountant": "rdp",
-    }  # what the program for several hosts takes over
+    # Less to compute, in the program for several hosts too, which takes these over.
+    changes = {"width": 0.0625, "eval_examples": 50, "accountant": "rdp"}
     return (*execute("imagenet_from_scratch.ipynb", folder, changes=changes), folder)
 
 
