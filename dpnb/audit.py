@@ -328,9 +328,9 @@ def one_run_bound(included, scores, *, high: int, low: int = 0, delta, confidenc
     coins = included[np.argsort(scores, kind="stable")]
     right = int(coins[m - high :].sum() + (~coins[:low]).sum())
 
-    proven = (_proven_by(count, guesses, m, delta, confidence) for count in (right, guesses))
+    made = guesses, m, delta, confidence
     found = f"{right} of {guesses} guesses right, {m} canaries"
-    return Bound(next(proven), delta, confidence, found, next(proven))
+    return Bound(_proven_by(right, *made), delta, confidence, found, _proven_by(guesses, *made))
 
 
 @functools.lru_cache(maxsize=4096)
