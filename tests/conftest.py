@@ -11,12 +11,16 @@ os.environ["DPNB_CACHE_GIB"] = "0"  # tests compute what they test; those of the
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(os.environ["XDG_CACHE_HOME"], "compiled")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.0"
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["OPENBLAS_NUM_THREADS"] = (
+    "1"  # two workers fill two cores; idle threads of BLAS would spin beside them
+)
 # Most of the time of many tests is compilation, which level 0 halves; what is computed takes longer, but is little.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
 
 import jax
 import pytest
+import shared_runs
 
 # Fixtures that train for half a minute or more: the tests that ask for them are slow, however short they are.
 SLOW_FIXTURES = {"demo", "genuine", "swept"}
@@ -68,22 +72,9 @@ def disk_cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-_reports = {}
-
-
 @pytest.fixture
 def checked_once(monkeypatch):
-    """Of trainers of one experiment, shape and configuration of JAX, the first is checked, which takes half of a
-    tiny run: for tests of what happens afterwards."""
+    """Trainers that are alike are checked once, see `shared_runs.check_once`."""
     from dpnb.training import session
 
-    check = session.check_trainer
-
-    def once(trainer):
-        shapes = str(jax.tree.map(lambda p: (p.shape, p.dtype), trainer.state))
-        key = trainer.experiment.replace(seed=None), shapes, trainer.mesh, str(jax.config.values)
-        if key not in _reports:
-            _reports[key] = check(trainer)
-        return _reports[key]
-
-    monkeypatch.setattr(session, "check_trainer", once)
+    monkeypatch.setattr(session, "check_trainer", shared_runs.check_once(session.check_trainer))

@@ -22,6 +22,9 @@ SMALL = (
 )  # fmt: skip
 OPTIMISED = {"XLA_FLAGS": ""}  # in place of what `environment` says
 BUILD = "import sys, hatchling.build; print(getattr(hatchling.build, sys.argv[1])(sys.argv[2]))"
+SITE = (
+    "import gc; gc.set_threshold(100_000, 50, 100)"  # a tenth of the time of what compiles and runs notebooks
+)
 _cleanup = []  # temporary directories live as long as the tests do
 
 
@@ -32,13 +35,25 @@ def temporary(name: str) -> pathlib.Path:
 
 
 @functools.cache
+def _site() -> str:
+    """A folder whose `sitecustomize` every Python runs that starts with it on its path."""
+    (temporary("site") / "sitecustomize.py").write_text(SITE)
+    return _cleanup[-1].name
+
+
+def python_path(*folders) -> str:
+    """PYTHONPATH for subprocesses that import from these folders; they search for garbage rarely."""
+    return os.pathsep.join([_site(), *map(str, folders)])
+
+
+@functools.cache
 def environment() -> dict[str, str]:
     """For subprocesses: one device, this checkout; compiled programs and answers of calibration are kept for all."""
     changed = {
         "DPNB_CACHE_GIB": "1",
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_backend_optimization_level=0",  # most of their time is compilation
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": python_path(ROOT),
         # What a notebook's own cells call may not be deprecated; warnings of others are their makers' concern.
         "PYTHONWARNINGS": "ignore,error::DeprecationWarning:__main__,error::FutureWarning:__main__",
     }
@@ -47,7 +62,27 @@ def environment() -> dict[str, str]:
 
 def with_helpers(**changes: str) -> dict[str, str]:
     """The environment for subprocesses that import `tiny` or this file."""
-    return {**os.environ, **changes, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)])}
+    return {**os.environ, **changes, "PYTHONPATH": python_path(ROOT / "tests", ROOT)}
+
+
+_reports = {}
+
+
+def check_once(check):
+    """`check_trainer`, but of trainers of one experiment, shape and configuration of JAX only the first is checked.
+
+    That takes half of a tiny run; for tests of what happens afterwards.
+    """
+    import jax
+
+    def once(trainer):
+        shapes = str(jax.tree.map(lambda p: (p.shape, p.dtype), trainer.state))
+        key = trainer.experiment.replace(seed=None), shapes, trainer.mesh, str(jax.config.values)
+        if key not in _reports:
+            _reports[key] = check(trainer)
+        return _reports[key]
+
+    return once
 
 
 def optimise_scattering(patch) -> None:
@@ -125,7 +160,7 @@ def installed() -> types.SimpleNamespace:
 
     def run(command, cwd, status=0, **changes):
         done = subprocess.run(
-            [sys.executable, *map(str, command)], env={**environment(), "PYTHONPATH": str(site), **changes}, cwd=cwd,
+            [sys.executable, *map(str, command)], env={**environment(), "PYTHONPATH": python_path(site), **changes}, cwd=cwd,
             capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == status, done.stderr[-3000:]

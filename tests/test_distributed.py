@@ -10,26 +10,29 @@ import pytest
 import shared_runs
 import tiny
 from flax import nnx
+from tiny_networks import small_nf_resnet
 
 from dpnb import results, training
 from dpnb.data import load
 from dpnb.data.stand_ins import write_folders
-from dpnb.models import NFResNet
 from dpnb.training import make_trainer, one_update
 from dpnb.training.cost import memory_of
 from dpnb.training.update import draw_noise
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("checked_once")]
 WORKER = """
 import json, sys
 import jax
 port, rank, directory = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank, initialization_timeout=300)
 import numpy as np
+import shared_runs
 import tiny
 from dpnb import data, training
 from dpnb.privacy.ledger import Ledger
+from dpnb.training import session
 from dpnb.training.update import make_trainer, one_update
+session.check_trainer = shared_runs.check_once(session.check_trainer)
 trainer = make_trainer(tiny.experiment(augmult=1), tiny.data(), seed=5, model=tiny.Linear(), physical_batch_size=4)
 state = trainer.state
 for _ in range(2):
@@ -185,13 +188,9 @@ def assert_close(a, b):
 
 def test_photographs_on_eight_devices_give_the_update_of_one(tmp_path):
     """An NF-ResNet on photographs from disk; each device gets the rows of its own; rounding apart."""
-
-    def network():
-        return NFResNet((1, 1, 1, 1), 4, width=0.0625, rngs=nnx.Rngs(0))
-
     data = photographs(tmp_path)
     (_, one, seen_one), (_, eight, seen_eight) = (
-        updates(data, n, model=network, physical=1, augmult=1) for n in (1, 8)
+        updates(data, n, model=lambda: small_nf_resnet(nnx.Rngs(0)), physical=1, augmult=1) for n in (1, 8)
     )
     assert_close(one.params, eight.params)
     assert float(seen_one.examples) == float(seen_eight.examples) > 0

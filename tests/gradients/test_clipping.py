@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from tiny_networks import small_nf_resnet, small_nfnet
 
-from dpnb.gradients import FORMULATIONS, clipped_grad, conv_general_dilated, formulation
+from dpnb.gradients import FORMULATIONS, clipped_grad, clipping, conv_general_dilated, formulation
 from dpnb.models import WideResNet, functional
 from dpnb.models.layers import Conv
 from dpnb.models.wide_resnet import Block
@@ -370,6 +370,20 @@ def test_without_a_clip_it_is_the_plain_gradient(float64):
     batch_loss = lambda p: jax.vmap(loss, (None, 0))(p, examples).mean(1).sum()
     assert error(got, jax.jit(jax.grad(batch_loss))(params)) < TOLERANCE
     assert grad.sensitivity == float("inf")
+
+
+@pytest.mark.parametrize("clip_norm", [0.5, float("inf")])
+def test_a_large_matrix_is_added_as_a_small_one_is(clip_norm, float64, backend):
+    """One example after another, for speed; padding and gradients that are not finite add nothing."""
+    w = jnp.zeros((clipping.LARGE // 60, 61))
+    x = jax.random.normal(jax.random.key(0), (5, *w.shape)).at[2, 3, 4].set(jnp.inf)
+    mask = jnp.array([True, True, True, False, True])
+    total, info = jax.jit(clipped_grad(lambda w, x: (w * x).sum(), clip_norm))(w, x, mask)
+    included = x[mask & jnp.isfinite(info.norms)]
+    lengths = np.sqrt(np.square(included).sum((1, 2)))
+    want = (included * np.minimum(1, clip_norm / lengths)[:, None, None]).sum(0)
+    assert w.size > clipping.LARGE and len(included) == 3
+    assert error(total, want) < TOLERANCE and norm(want) > 0.5
 
 
 @pytest.mark.parametrize("clip_norm", [0.01, 3.0])

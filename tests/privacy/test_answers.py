@@ -289,4 +289,4 @@ def test_one_step_is_computed_once():
     epsilon_curve(m, [1, 10, 20], DELTA)
     affordable_steps(BUDGET, m)
     assert accounting._losses.cache_info().misses == 1
-    assert accounting._divergences.cache_info().misses == 1
+    assert accounting._divergences.cache_info().misses == 2  # with a few orders, and with all

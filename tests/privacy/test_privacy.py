@@ -279,6 +279,25 @@ class TestCost:
                 assert affordable_steps(PrivacyBudget(8.0, DELTA), m) == 0
         assert epsilon(compose({Mechanism(0.0, Q): 1, Mechanism(4.0, Q): 9}), 1, DELTA) == math.inf
 
+    def test_a_few_orders_say_so_first_and_are_never_below_all(self):
+        """So what they call cheap is cheap; what they call costly is asked of all."""
+        for sigma, q, steps in (
+            *self.COSTLY,
+            (6.0, Q, 1125),
+            (0.7, 0.01, 5),
+            (2.0, 0.3, 9000),
+            (30.0, 1.0, 3),
+        ):
+            runs = [(Mechanism(sigma, q).event(), steps)]
+            with accounting._quiet():
+                few, every = accounting._rdp(runs, DELTA, accounting.FEW_ORDERS), accounting.rdp(runs, DELTA)
+            assert 0 < every <= few, (sigma, q, steps)
+        assert set(accounting.FEW_ORDERS) < set(accounting._rdp_orders())
+        above = [(Mechanism(0.4, 1.0).event(), 60)]  # too high by a few orders only
+        few, every = accounting._rdp(above, DELTA, accounting.FEW_ORDERS), accounting.rdp(above, DELTA)
+        assert accounting._costly(above, few) and not accounting._costly(above, every)
+        assert 0 < accounting.pld(above, DELTA) < every
+
     def test_searches_do_not_leave_the_budget(self, monkeypatch):
         asked, real = [], accounting._pld_epsilon
         monkeypatch.setattr(accounting, "_pld_epsilon", lambda *a: asked.append(real(*a)) or asked[-1])
