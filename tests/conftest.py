@@ -11,9 +11,7 @@ os.environ["DPNB_CACHE_GIB"] = "0"  # tests compute what they test; those of the
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(os.environ["XDG_CACHE_HOME"], "compiled")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.0"
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["OPENBLAS_NUM_THREADS"] = (
-    "1"  # two workers fill two cores; idle threads of BLAS would spin beside them
-)
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # idle ones would spin beside two workers on two cores
 # Most of the time of many tests is compilation, which level 0 halves; what is computed takes longer, but is little.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"

@@ -25,13 +25,12 @@ def test_pretraining_saves_weights_that_fine_tuning_takes(tmp_path):
     assert "NOT differentially private" in text and "of the same class" in text
     path = tmp_path / "ema.safetensors"
     assert pretrained.saw(path).startswith("digits, as pretrain/textures (fingerprint ")
-    # The digits that these weights saw are refused as private data; another network's data are not.
+    # The digits that these weights saw are refused as private data.
     e = experiments.get("cifar10/finetune/all/eps1", "smoke", **{**CHANGES, "pretrained": str(path)})
     with pytest.raises(ValueError, match="must not have seen the private data"):
         training.train(e, data.load("digits"), tmp_path / "x")
-    assert [path.name for path in (tmp_path / "x").iterdir()] == [
-        "ledger.jsonl.lock"
-    ]  # nothing charged or kept
+    left = [path.name for path in (tmp_path / "x").iterdir()]
+    assert left == ["ledger.jsonl.lock"]  # nothing charged or kept
 
 
 def test_fine_tuning_trains_and_shows(tmp_path):

@@ -79,7 +79,7 @@ def test_lecture(name, tmp_path):
 
     The second time with nbval, in lax mode: only cells with text alone are compared, figures are not.
     """
-    outputs, text = execute(f"learn/{name}", tmp_path, optimised=name != "03_clipping_and_views.ipynb")
+    outputs, text = execute(f"learn/{name}", tmp_path, optimised=True)
     assert not [o for o in outputs if o.output_type == "error"]
     assert sum("image/png" in o.get("data", {}) for o in outputs) >= 2
     assert text.count("right") >= 2 and "not yet" not in text
