@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dpnb.models import NFNet, NFResNet, nf_resnet, nfnet
+from dpnb.models import NFNet, NFResNet, WideResNet, nf_resnet, nfnet, wide_resnet
 
 
 def _two_stages(network, module):
@@ -22,6 +22,12 @@ def _two_stages(network, module):
 # the identity as its shortcut; in the NFNet also convolutions of one group and of two.
 small_nf_resnet = _two_stages(NFResNet, nf_resnet)
 small_nfnet = _two_stages(NFNet, nfnet)
+
+
+def small_wide_resnet(rngs):
+    """The first two of three stages, projected at strides 1 and 2."""
+    with mock.patch.object(wide_resnet, "STAGES", wide_resnet.STAGES[:2]):
+        return WideResNet(10, 1, rngs=rngs)
 
 
 def filled(make, seed: int = 0) -> nnx.Module:

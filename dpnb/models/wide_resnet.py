@@ -11,6 +11,8 @@ from flax import nnx
 
 from dpnb.models.layers import Conv, Dtype
 
+STAGES = ((16, 1), (32, 2), (64, 2))  # channels, to be multiplied by `width`, and stride
+
 
 def relu_then_norm(norm: Callable, x: jax.Array) -> jax.Array:
     """Applies ReLU, then the norm: the paper's order."""
@@ -90,12 +92,11 @@ class WideResNet(nnx.Module):
         norm = norm or group_norm
         self.stem = conv(3, 16, 3)
         blocks, cin = [], 16
-        for channels, stride in ((16 * width, 1), (32 * width, 2), (64 * width, 2)):
+        for channels, stride in STAGES:
             for i in range((depth - 4) // 6):
-                blocks.append(
-                    Block(cin, channels, stride if i == 0 else 1, i == 0, conv=conv, norm=norm, act=act)
-                )
-                cin = channels
+                cout, first = channels * width, i == 0
+                blocks.append(Block(cin, cout, stride if first else 1, first, conv=conv, norm=norm, act=act))
+                cin = cout
         self.blocks = nnx.List(blocks)
         self.norm, self.act = norm(cin), act
         init = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")

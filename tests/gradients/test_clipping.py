@@ -11,10 +11,10 @@ import optax
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
-from tiny_networks import small_nf_resnet, small_nfnet
+from tiny_networks import small_nf_resnet, small_nfnet, small_wide_resnet
 
 from dpnb.gradients import FORMULATIONS, clipped_grad, clipping, conv_general_dilated, formulation
-from dpnb.models import WideResNet, functional
+from dpnb.models import functional
 from dpnb.models.layers import Conv
 from dpnb.models.wide_resnet import Block
 
@@ -133,10 +133,10 @@ BOTH_FORMS = dict(form="materialised"), dict(form="two-pass")
 # name: (module from random streams, shape of one view, views, ways of clipping)
 NETWORKS = {
     "wide-resnet, one view": (
-        lambda r: WideResNet(10, 1, rngs=r), (6, 6, 3), 1, (dict(backend="cpu"), dict(backend="gpu")),
+        small_wide_resnet, (6, 6, 3), 1, (dict(backend="cpu"), dict(backend="gpu")),
     ),
     "wide-resnet": (
-        lambda r: WideResNet(10, 1, rngs=r), (6, 6, 3), 4,
+        small_wide_resnet, (6, 6, 3), 4,
         (dict(microbatch_size=1), dict(backend="gpu"), dict(form="two-pass")),
     ),
     "nf-resnet": (small_nf_resnet, (16, 16, 3), 2, BOTH_FORMS),
