@@ -11,8 +11,10 @@ import jax.numpy as jnp
 from dpnb.privacy import LARGEST_CLIP_NORM, SMALLEST_CLIP_NORM
 
 PyTree = Any
-FEW = 64  # on CPU, the gradients of at most this number of examples are added one by one
-LARGE = 2**12  # on CPU, floating gradients of parameters with more numbers are added one by one, too
+# On CPU, gradients of at most FEW examples are added one by one if they are of convolutions, or floats and more than
+# LARGE numbers each.
+FEW = 64
+LARGE = 2**12
 FORMS = ("materialised", "two-pass")
 SHARE = 0.4  # part of the memory of a device that per-example gradients may take
 # Gradients on a grid are clipped below the clip norm by this fraction, to make room for the rounding of norms.
@@ -125,8 +127,8 @@ class ClippedGrad:
         few = jax.default_backend() == "cpu" and len(norms) <= FEW
 
         def add(total: jax.Array, g: jax.Array, factor: jax.Array, included: jax.Array) -> jax.Array:
-            # Kernels of convolutions come one by one, see `dpnb.gradients.batching`. Of large arrays of floats, XLA:CPU
-            # in JAX 0.10 computes a reduction in forty times the time.
+            # Kernels of convolutions come one by one, see `dpnb.gradients.batching`. To reduce large arrays of floats
+            # takes XLA:CPU in JAX 0.10 forty times as long as to add them.
             slow = g.ndim > 3 or (total.size > LARGE and jnp.issubdtype(total.dtype, jnp.floating))
             return (_add_one_by_one if few and slow else _add_reduced)(total, g, factor, included)
 

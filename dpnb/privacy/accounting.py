@@ -20,7 +20,7 @@ Accountant = Callable[[Runs, float, bool], float]  # (runs, delta, coarse) -> ep
 PLD_INTERVAL = 1e-4  # discretisation of the privacy loss, as in the paper's code since v0.2
 PLD_ROUNDING = 2.0**-50  # the share of one step in delta, see `_pld_rounding`
 RDP_ROUNDING = 2.0**-48  # the share of one step in the exponent (order - 1) x divergence, over the order
-FEW_ORDERS = (8, 16, 32, 63)  # of RDP, to see whether PLD is worth its time
+FEW_ORDERS = (8.0, 16.0, 32.0, 63.0)  # some of `_rdp_orders`, which soon say whether PLD may be too costly
 PLD_COARSE_INTERVAL = 1e-3  # takes a tenth of the time; epsilon is at most a thousandth higher
 DEFAULT_ACCOUNTANT = "pld"  # the tighter one
 FIRST_GUESS = "rdp"  # the cheap one; a search with another accountant begins at its answer
@@ -158,7 +158,7 @@ def _rdp_account(orders: tuple[float, ...]) -> Any:
 
 @functools.lru_cache(maxsize=1024)
 def _divergences(event: DpEvent, orders: tuple[float, ...]) -> Any:
-    """The Renyi divergences of one step, float64 [orders], computed once in a process."""
+    """The Renyi divergences of one step, float64 [orders], computed once in a process for the same orders."""
     made = _composed(_rdp_account(orders), [(event, 1)]).rdp
     made.flags.writeable = False
     return made

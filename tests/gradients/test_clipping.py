@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 from tiny_networks import small_nf_resnet, small_nfnet, small_wide_resnet
 
 from dpnb.gradients import FORMULATIONS, clipped_grad, clipping, conv_general_dilated, formulation
-from dpnb.models import functional
+from dpnb.models import WideResNet, functional
 from dpnb.models.layers import Conv
 from dpnb.models.wide_resnet import Block
 
@@ -133,7 +133,7 @@ BOTH_FORMS = dict(form="materialised"), dict(form="two-pass")
 # name: (module from random streams, shape of one view, views, ways of clipping)
 NETWORKS = {
     "wide-resnet, one view": (
-        small_wide_resnet, (6, 6, 3), 1, (dict(backend="cpu"), dict(backend="gpu")),
+        lambda r: WideResNet(10, 1, rngs=r), (6, 6, 3), 1, (dict(backend="cpu"), dict(backend="gpu")),
     ),
     "wide-resnet": (
         small_wide_resnet, (6, 6, 3), 4,
@@ -376,8 +376,8 @@ def test_without_a_clip_it_is_the_plain_gradient(float64):
 def test_a_large_matrix_is_added_as_a_small_one_is(clip_norm, float64, backend):
     """One example after another, for speed; padding and gradients that are not finite add nothing."""
     w = jnp.zeros((clipping.LARGE // 60, 61))
-    x = jax.random.normal(jax.random.key(0), (5, *w.shape)).at[2, 3, 4].set(jnp.inf)
-    mask = jnp.array([True, True, True, False, True])
+    x = jax.random.normal(jax.random.key(0), (6, *w.shape)).at[2, 3, 4].set(jnp.inf).at[4, 0, 0].set(jnp.nan)
+    mask = jnp.array([True, True, True, False, True, True])
     total, info = jax.jit(clipped_grad(lambda w, x: (w * x).sum(), clip_norm))(w, x, mask)
     included = x[mask & jnp.isfinite(info.norms)]
     lengths = np.sqrt(np.square(included).sum((1, 2)))

@@ -277,10 +277,10 @@ def convolutions():
 
 
 def planned(network, examples, form, **options):
-    """(bytes of temporaries, bytes of the gradients of all examples)."""
+    """(bytes of temporaries, bytes of the gradients of all examples), in the integers of private training."""
     params, loss, view = network()
     inputs = jax.ShapeDtypeStruct((examples, *view), "float32")
-    lowered = jax.jit(clipped_grad(loss, 1.0, form=form)).lower(params, inputs)
+    lowered = jax.jit(clipped_grad(loss, 1.0, form=form, grid_bits=16)).lower(params, inputs)
     memory = lowered.compile({"xla_backend_optimization_level": 0, **options}).memory_analysis()
     return memory.temp_size_in_bytes, 4 * examples * sum(p.size for p in jax.tree.leaves(params))
 

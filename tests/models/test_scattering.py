@@ -44,7 +44,7 @@ def test_dft_of_real_and_complex_images(inverse):
 def test_a_batch_ends_where_there_is_one_device():
     """XLA's own FFT waited for itself forever, from 50 images on; the subprocess has a single device."""
     code = "from dpnb.models import scattering; print(scattering.standards(32)[0].shape)"
-    done = shared_runs.python("-c", code, timeout=300, **shared_runs.OPTIMISED)
+    done = shared_runs.python("-c", code, timeout=300, **shared_runs.DEFAULTS)
     assert done.stdout == "(81,)\n", done.stderr
 
 

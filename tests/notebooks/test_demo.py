@@ -17,7 +17,7 @@ CELLS = experiments.names("digits/demo/*")
 def made(tmp_path_factory):
     """The one execution, at full length: its folder, the folder of its notebook, what it printed."""
     work, before = tmp_path_factory.mktemp("demo"), shared_runs.installed_files()
-    done = shared_runs.installed().dpnb("run", "digits/demo", cwd=work, **shared_runs.OPTIMISED)
+    done = shared_runs.installed().dpnb("run", "digits/demo", cwd=work, **shared_runs.DEFAULTS)
     assert shared_runs.installed_files() == before
     assert [path.name for path in work.iterdir()] == ["runs"]
     place = work / "runs" / "digits" / "demo"
@@ -113,7 +113,7 @@ def test_a_study_with_a_failing_cell_fails(tmp_path):
     """More images in a batch than there are: it is refused when the data are known, and nothing is charged."""
     done = shared_runs.python(
         "-m", "dpnb.cli", "run", "digits/demo", f"--out={tmp_path}", "--set=expected_batch_size=5000",
-        **shared_runs.OPTIMISED,
+        **shared_runs.DEFAULTS,
     )  # fmt: skip
     assert done.returncode == 1 and "digits/demo failed: " in done.stderr, done.stderr
     assert "5000" in done.stderr and not list(tmp_path.rglob("ledger.jsonl"))

@@ -34,7 +34,7 @@ def test_pretraining_saves_weights_that_fine_tuning_takes(tmp_path):
 
 
 def test_fine_tuning_trains_and_shows(tmp_path):
-    """All layers, the last block, the classifier and from scratch: two updates each, on digits; and what is on record."""
+    """All layers, the last block, the classifier and from scratch: two updates each, on digits."""
     name = "cifar_finetune.ipynb"
     outputs, text = execute(name, tmp_path, changes={**CHANGES, "width": 2, "augmult": 0})
     records = [json.loads(file.read_text()) for file in tmp_path.rglob("result.json")]
@@ -47,14 +47,18 @@ def test_fine_tuning_trains_and_shows(tmp_path):
     began = {r["experiment"].split("/")[2]: r["pretrained"] for r in records}
     assert began.pop("scratch") is None
     assert all(b["weights"] == "wrn-10-2-tiny-imagenet32" for b in began.values())
-    assert figures(outputs) >= 4 and "Tiny ImageNet" in text and "94.8" in text
-    assert "**smoke**" in text and "**teach**" in text
+    assert figures(outputs) >= 3 and "Tiny ImageNet" in text and "94.8" in text
 
 
 def test_without_public_images(tmp_path):
     """What is on record, and the pictures of the processes."""
     outputs, text = execute("cifar_no_public_images.ipynb", tmp_path, train=False)
     assert figures(outputs) >= 2 and "scratch/eps1" in text and "textures-all/eps1" in text
+
+
+def test_records_of_fine_tuning_are_shown(tmp_path):
+    outputs, text = execute("cifar_finetune.ipynb", tmp_path, train=False)
+    assert "**teach**" in text and figures(outputs) >= 3
 
 
 def test_all_notebooks_are_executed_somewhere():

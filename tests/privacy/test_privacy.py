@@ -280,7 +280,7 @@ class TestCost:
         assert epsilon(compose({Mechanism(0.0, Q): 1, Mechanism(4.0, Q): 9}), 1, DELTA) == math.inf
 
     def test_a_few_orders_say_so_first_and_are_never_below_all(self):
-        """So what they call cheap is cheap; what they call costly is asked of all."""
+        """So what they call cheap is cheap; where they say costly, all orders decide."""
         for sigma, q, steps in (
             *self.COSTLY,
             (6.0, Q, 1125),
@@ -293,7 +293,7 @@ class TestCost:
                 few, every = accounting._rdp(runs, DELTA, accounting.FEW_ORDERS), accounting.rdp(runs, DELTA)
             assert 0 < every <= few, (sigma, q, steps)
         assert set(accounting.FEW_ORDERS) < set(accounting._rdp_orders())
-        above = [(Mechanism(0.4, 1.0).event(), 60)]  # too high by a few orders only
+        above = [(Mechanism(0.4, 1.0).event(), 60)]  # costly by these few orders, not by all
         few, every = accounting._rdp(above, DELTA, accounting.FEW_ORDERS), accounting.rdp(above, DELTA)
         assert accounting._costly(above, few) and not accounting._costly(above, every)
         assert 0 < accounting.pld(above, DELTA) < every
