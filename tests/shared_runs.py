@@ -37,8 +37,9 @@ def temporary(name: str) -> pathlib.Path:
 @functools.cache
 def _site() -> str:
     """A folder with a `sitecustomize.py`, which a Python that has the folder on its path runs when it starts."""
-    (temporary("site") / "sitecustomize.py").write_text(SITE)
-    return _cleanup[-1].name
+    folder = temporary("site")
+    (folder / "sitecustomize.py").write_text(SITE)
+    return str(folder)
 
 
 def python_path(*folders) -> str:
