@@ -15,7 +15,7 @@ demo: $(VENV)/.demo
 	rm -rf runs/digits/demo
 	$(BIN)/dpnb run digits/demo
 
-# Style and types.
+# Style and types, which `make test` looks at too.
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -23,7 +23,7 @@ lint: $(VENV)/.test
 
 # Everything: style, types, library, documentation examples, notebooks; and how much of the library the tests reach,
 # subprocesses not counted, from Python 3.12 on (before, counting would take more than half as long again).
-test: lint
+test: $(VENV)/.test
 	$(BIN)/python -m pytest -q $(WORKERS) --durations=15 $$($(BIN)/python -c '$(COVERAGE)')
 	@$(BIN)/python -c 'import sys; sys.version_info >= (3, 12) or print("coverage: measured from Python 3.12 on")'
 

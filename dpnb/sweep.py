@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import pathlib
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -130,18 +131,21 @@ def finished(e: Experiment, data: Dataset, records: list[dict[str, Any]]) -> dic
     return same[0] if same else None
 
 
-def predict(todo: list[Experiment], data: Dataset) -> dict[Experiment, cost.Cost]:
+def predict(
+    todo: list[Experiment], data: Dataset, programs: dict[tuple, Callable] | None = None
+) -> dict[Experiment, cost.Cost]:
     """Predicts what each experiment will cost here; compiles and times each different program once.
 
-    A cell that cannot be calibrated or compiled is left out: `run` will say why.
+    A cell that cannot be calibrated or compiled is left out: `run` will say why. `programs` gets what is compiled.
     """
-    measured, found = {}, {}
+    measured, found, programs = {}, {}, {} if programs is None else programs
     for e in todo:
         key = tuple(getattr(e, name) for name in PROGRAM)
         try:
             ready = training.calibrate(e, len(data.train))
             if key not in measured:
-                measured[key] = ready, cost.predict(ready, features.prepare(e, data), repeats=1)
+                made = cost.predict(ready, features.prepare(e, data), repeats=1, programs=programs)
+                measured[key] = ready, made
         except Exception:
             continue
         like, known = measured[key]
@@ -174,10 +178,10 @@ def run(todo: list[Experiment], data: Dataset, root: str | pathlib.Path, say=pri
     records = [*results.load(root), *results.load(root, release.FULL_RECORD)]
     done = {e: finished(e, data, records) for e in todo}
     left = [e for e in todo if done[e] is None]
-    failures, costs = {}, {}
+    failures, costs, programs = {}, {}, {}
     say(f"{len(todo)} cells, {len(todo) - len(left)} of them finished")
     if left:
-        costs = predict(left, data)
+        costs = predict(left, data, programs)
         whole = cost.duration(sum(c.seconds for c in costs.values()))
         unknown = len(left) - len(costs)
         say(
@@ -192,8 +196,9 @@ def run(todo: list[Experiment], data: Dataset, root: str | pathlib.Path, say=pri
             size = costs[e].physical_batch_size if e in costs else e.physical_batch_size
             if e in costs:
                 say(f"    {budget(training.calibrate(e, len(data.train)), data)}; {costs[e].form}")
-            trained = training.train(e.replace(physical_batch_size=size), ready, directory(root, e))
-            done[e] = results.save(trained, ready, directory(root, e))
+            place = directory(root, e)
+            trained = training.train(e.replace(physical_batch_size=size), ready, place, programs=programs)
+            done[e] = results.save(trained, ready, place)
             say(f"    EMA {done[e]['accuracy']['ema']:.2f} %, {trained.seconds / 60:.1f} minutes")
         except Exception as error:  # the other cells are still worth running
             failures[label] = f"{type(error).__name__}: {error}"

@@ -10,6 +10,7 @@ import shared_runs
 
 from dpnb import experiments, results, sweep, training
 from dpnb.experiments import Experiment, studies
+from dpnb.gradients import ClippedGrad
 from dpnb.training import session, update
 
 TINY = dict(dataset="bands", steps=2, expected_batch_size=24, delta=1e-3, physical_batch_size=8, augmult=0,
@@ -28,12 +29,14 @@ def plan(pattern="cifar10/lr-clip/lr1-*", seeds=2, **changes):
 
 @pytest.fixture(scope="module")
 def swept():
-    """Three cells, two seeds, run once; `said` is what it printed."""
+    """Three cells, two seeds, run once; `said` is what it printed, `traced` has one entry for each loss traced."""
+    traced, loss = [], ClippedGrad._mean_loss
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ClippedGrad, "_mean_loss", lambda *given: traced.append(1) or loss(*given))
         patch.setattr(update, "make_model", shared_runs.linear)
         patch.setattr(session, "make_model", shared_runs.linear)
         root, said = shared_runs.temporary("sweep"), []
-        return root, sweep.run(plan(), shared_runs.bands(), root, said.append), said
+        return root, sweep.run(plan(), shared_runs.bands(), root, said.append), said, traced
 
 
 def test_plan():
@@ -66,7 +69,7 @@ def test_cells_that_are_one_experiment_run_once():
 
 
 def test_records_and_prediction(swept):
-    root, made, said = swept
+    root, made, said, _ = swept
     assert not made.failures and len(made.records) == 6
     assert "6 cells, 0 of them finished" in said[0] and "of updates on" in said[1]
     budgets = [line for line in said if "sigma" in line]
@@ -76,6 +79,11 @@ def test_records_and_prediction(swept):
     for e in plan():
         r = json.loads((sweep.directory(root, e) / "result.json").read_text())
         assert (r["experiment"], r["seed"], r["privacy"]["steps"]) == (e.name, e.seed, 2)
+
+
+def test_a_prediction_and_runs_of_all_seeds_share_programs(swept):
+    """Three clip norms are three programs."""
+    assert len(swept[3]) == 3
 
 
 def test_a_changed_experiment_has_its_own_directory():
@@ -105,8 +113,8 @@ def test_a_summary_marks_cells_that_are_one_experiment():
 
 def test_finished_cells_are_skipped(swept, monkeypatch):
     """Also those that another study ran under another name; no other seed, data or setting counts."""
-    root, made, _ = swept
-    monkeypatch.setattr(training, "train", lambda *_: pytest.fail("trained again"))
+    root, made, *_ = swept
+    monkeypatch.setattr(training, "train", lambda *_, **__: pytest.fail("trained again"))
     said = []
     again = sweep.run(plan(), shared_runs.bands(), root, said.append)
     assert again.records == made.records and len(said) == 1
@@ -123,10 +131,10 @@ def test_finished_cells_are_skipped(swept, monkeypatch):
 def test_a_failure_is_listed_and_not_fatal(tmp_path, monkeypatch):
     train = training.train
 
-    def sometimes(e, *rest):
+    def sometimes(e, *rest, **more):
         if e.clip_norm == 0.1:
             raise RuntimeError("out of memory")
-        return train(e, *rest)
+        return train(e, *rest, **more)
 
     monkeypatch.setattr(training, "train", sometimes)
     said = []
@@ -139,7 +147,7 @@ def test_a_failure_is_listed_and_not_fatal(tmp_path, monkeypatch):
 
 
 def test_an_interrupt_is_not_a_failure(tmp_path, monkeypatch):
-    def stop(*_):
+    def stop(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(training, "train", stop)
@@ -148,7 +156,7 @@ def test_an_interrupt_is_not_a_failure(tmp_path, monkeypatch):
 
 
 def test_summary(swept):
-    _, made, _ = swept
+    _, made, *_ = swept
     cells = plan(seeds=1)
     frame = results.summary(cells, made.records, ("clip_norm",))
     assert list(frame["cell"]) == ["lr1-c0.1", "lr1-c1", "lr1-c10"] and set(frame["n"]) == {2}

@@ -68,6 +68,11 @@ def formulation(name: str) -> Iterator[None]:
         _formulation = before
 
 
+def formulation_in_force() -> str:
+    """Returns the formulation that is chosen for what is traced now."""
+    return _formulation
+
+
 def _dimension_numbers(rank: int) -> tuple[str, str, str]:
     """The channels-last layout of a convolution with `rank` spatial dimensions."""
     spatial = "DHW"[3 - rank :]

@@ -1,6 +1,6 @@
 """Turns an NNX model into a pure function of its parameters."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -24,3 +24,17 @@ def functional(model: nnx.Module) -> tuple[dict[str, Any], Callable[[Any, jax.Ar
         return nnx.merge(graph, params, rest, copy=True)(inputs)
 
     return nnx.to_pure_dict(params), apply
+
+
+def structure(model: nnx.Module) -> Hashable | None:
+    """Returns what a model computes with, beside its parameters: equal for models that differ in these alone.
+
+    It is the model's classes and settings. None if that is not all: the model holds other arrays, which `functional`
+    makes constants of the program, or settings that cannot be hashed.
+    """
+    graph, _, rest = nnx.split(model, nnx.Param, ...)
+    try:
+        hash(graph)
+    except TypeError:
+        return None
+    return None if jax.tree.leaves(rest) else graph

@@ -23,6 +23,7 @@ from dpnb.results import release
 from dpnb.results.consistency import MALFORMED, Check, consistency, evaluated, experiment_of
 from dpnb.results.records import read_record
 from dpnb.training import features
+from dpnb.training.evaluation import even_batch_size
 from dpnb.training.seeds import initial_rngs, run_seed
 
 LIMITS = (
@@ -145,7 +146,8 @@ def _accuracy(record, experiment: Experiment, found: data.Dataset, file: pathlib
     arrays = load_file(file)
     test = features.prepare_test(experiment, found)
     params, apply = functional(make_model(experiment, len(found.classes), initial_rngs(0)))
-    m = measure(apply, unflatten(arrays, params), test, found.recipe, TIE[experiment.compute_dtype])
+    tie, batch_size = TIE[experiment.compute_dtype], even_batch_size(len(test))
+    m = measure(apply, unflatten(arrays, params), test, found.recipe, tie, batch_size)
     n, ema, loss = len(test), record["accuracy"]["ema"], record["loss"]["ema"]
     within = max(1, min(m.ties, int(MOST_TIES * n)))
     text = f"EMA accuracy {ema:.2f} %, from the weights {100 * m.right / n:.2f} % of {n} images"

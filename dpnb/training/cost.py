@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ class Cost:
     seconds: of all updates on this device.
     physical_batch_size: examples per device.
     form: of the clipped gradient, and why.
+    programs: what was compiled to find this out, for `dpnb.training.train`.
     """
 
     views: float
@@ -31,6 +33,7 @@ class Cost:
     seconds: float
     physical_batch_size: int
     form: str = ""
+    programs: dict[tuple, Callable] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def __str__(self) -> str:
         return (
@@ -47,7 +50,9 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
-def predict(experiment: Experiment, data: Dataset, repeats: int = 3) -> Cost:
+def predict(
+    experiment: Experiment, data: Dataset, repeats: int = 3, programs: dict[tuple, Callable] | None = None
+) -> Cost:
     """Compiles one physical batch and one update, and times them on masked examples.
 
     No privacy is spent: every example is masked, and the result is thrown away.
@@ -56,8 +61,10 @@ def predict(experiment: Experiment, data: Dataset, repeats: int = 3) -> Cost:
       experiment: calibrated, so that noise_multiplier and steps are known.
       data: as for training.
       repeats: number of timed calls after the compilation.
+      programs: see `dpnb.training.update.make_trainer`; by default an empty dict. They come with the result.
     """
-    trainer = make_trainer(experiment, data, seed=0)
+    programs = {} if programs is None else programs
+    trainer = make_trainer(experiment, data, seed=0, programs=programs)
     size, state = physical_batch_size(trainer), trainer.state
     args = _masked_batch(trainer, size)
     compiled = trainer.accumulate.lower(*args).compile()
@@ -84,6 +91,7 @@ def predict(experiment: Experiment, data: Dataset, repeats: int = 3) -> Cost:
         experiment.steps * per_update,
         size,
         trainer.form,
+        programs,
     )
 
 

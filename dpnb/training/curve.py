@@ -8,6 +8,7 @@ import numpy as np
 
 from dpnb import privacy
 from dpnb.experiments import Experiment
+from dpnb.training.evaluation import Evaluation
 from dpnb.training.sharding import fetch_replicated
 from dpnb.training.state import BatchMetrics
 
@@ -27,6 +28,11 @@ def curve_point(step: int, seen: BatchMetrics, epsilon: float) -> dict[str, Any]
         "nonfinite": int(seen.nonfinite),
         "unreadable": int(seen.unreadable),
     }
+
+
+def accuracies(evaluated: dict[str, Evaluation]) -> dict[str, float]:
+    """Returns what a point of the curve keeps of evaluations of "raw" and "ema" parameters, in percent."""
+    return {f"{name}_accuracy": found.accuracy for name, found in evaluated.items()}
 
 
 def accounting_grid(steps: int, points: int = 8) -> list[int]:

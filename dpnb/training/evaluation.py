@@ -23,6 +23,16 @@ class Evaluation(NamedTuple):
     predictions: np.ndarray
 
 
+def even_batch_size(n: int, most: int = 250) -> int:
+    """Returns the images per call, at most `most`, with which n images need no call more and least padding.
+
+    >>> even_batch_size(297), even_batch_size(10_000)
+    (149, 250)
+    """
+    calls = -(-n // most)
+    return -(-n // calls)
+
+
 def make_evaluate(
     apply: Callable[[Any, jax.Array], jax.Array], batch_size: int = 250, recipe: Recipe = SMALL_IMAGES
 ) -> Callable:

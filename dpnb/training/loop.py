@@ -12,6 +12,7 @@ seen, shown, saved or evaluated (`dpnb.training.replay.Payer`). What precedes th
 import dataclasses
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from flax import nnx
 
 from dpnb.data import Dataset
 from dpnb.experiments import Experiment
-from dpnb.training.curve import curve_point
+from dpnb.training.curve import accuracies, curve_point
 from dpnb.training.evaluation import Evaluation
 from dpnb.training.hosts import broadcast_from_process_0, call_on_process_0
 from dpnb.training.progress import Progress
@@ -69,6 +70,7 @@ def train(
     checkpoint_every: float = 300.0,
     stop_at_step: int | None = None,
     allowed_steps: int | None = None,
+    programs: dict[tuple, Callable] | None = None,
 ) -> Run:
     """Trains with DP-SGD, or continues where a killed run in `directory` stopped.
 
@@ -88,6 +90,8 @@ def train(
       stop_at_step: stop early on purpose, with a checkpoint, to continue later.
       allowed_steps: how many updates fit the budget, from `privacy.calibrate_steps`; needed only
         if dp-accounting is not installed (noise_multiplier, steps and epsilon all given).
+      programs: what `dpnb.training.cost.predict` or runs before compiled, see
+        `dpnb.training.update.make_trainer`; it is checked like any other before anything is charged.
     Raises:
       ValueError: bad hyper-parameters, or the directory holds another experiment's run.
       KeyError, OSError: the public weights are not available.
@@ -96,8 +100,9 @@ def train(
       UnsoundTrainer: clipping, noise or sampling do not behave as the guarantee needs them to.
       LedgerError: the ledger is locked or damaged, or does not hold the last update of the checkpoint.
     """
-    terms = dict(model=model, optimizer=optimizer, devices=devices, allowed_steps=allowed_steps)
-    with prepare(experiment, data, directory, **terms) as session:
+    own = dict(model=model, optimizer=optimizer, devices=devices)
+    terms = dict(allowed_steps=allowed_steps, programs=programs)
+    with prepare(experiment, data, directory, **own, **terms) as session:
         experiment, stopped, saved = session.experiment, "", time.monotonic()
         with Progress(experiment.steps, session.start) as progress:
             try:
@@ -112,7 +117,7 @@ def train(
                     last = step + 1 == experiment.steps
                     shown = last or (experiment.eval_every and (step + 1) % experiment.eval_every == 0)
                     if shown:
-                        point |= session.evaluate(new)
+                        point |= accuracies(session.evaluate(new, experiment.eval_examples))
                     # Both at once, so that an interrupted run keeps both or neither.
                     history = [*session.history, point] if shown else session.history
                     session.state, session.history = new, history
@@ -129,14 +134,15 @@ def train(
 def _finish(session: Session, stopped: str, events: list[dict[str, Any]]) -> Run:
     """Returns the result of the run, evaluated on all images."""
     state = session.state
+    evaluated = session.evaluate(state, len(session.data.test))
     went_on = int(state.step) > session.start
     return Run(
         experiment=session.experiment,
         params=jax.tree.map(fetch_replicated, state.params),
         ema_params=jax.tree.map(fetch_replicated, state.ema),
         history=session.history,
-        raw=session.evaluate_split(state.params, session.data.test),
-        ema=session.evaluate_split(state.ema, session.data.test),
+        raw=evaluated["raw"],
+        ema=evaluated["ema"],
         events=events,
         steps=int(state.step),
         seconds=session.seconds + (time.monotonic() - session.began if went_on else 0.0),

@@ -30,7 +30,7 @@ from dpnb.training import features
 from dpnb.training.checkpoints import Checkpoints
 from dpnb.training.checks import check_trainer
 from dpnb.training.curve import epsilon_spent
-from dpnb.training.evaluation import Evaluation, make_evaluate
+from dpnb.training.evaluation import Evaluation, even_batch_size, make_evaluate
 from dpnb.training.hosts import call_on_process_0
 from dpnb.training.identity import computation
 from dpnb.training.preconditions import check_noise, check_outputs, check_own_model, check_size, noise_images
@@ -72,6 +72,9 @@ class Session:
     evaluate_split: Callable[[Any, Any], Evaluation]  # (params, split)
     is_finite: Callable[[Any], bool]  # (params): their outputs for public inputs
     budget_spent: Callable[[int], float]  # (charges) -> epsilon
+    evaluated: tuple[tuple[int, int], dict[str, Evaluation]] | None = (
+        None  # (step, images), and what was found
+    )
 
     def __post_init__(self):
         self.start = int(self.state.step)
@@ -93,13 +96,18 @@ class Session:
         """Returns an upper bound on epsilon after `step` updates; those charged twice count twice."""
         return self.budget_spent(step + call_on_process_0(lambda: self.ledger.extra))
 
-    def evaluate(self, state: State) -> dict[str, float]:
-        """Evaluates raw and averaged parameters on the first `eval_examples` images, in percent."""
-        split = self.data.test.head(self.experiment.eval_examples)
-        return {
-            f"{name}_accuracy": self.evaluate_split(params, split).accuracy
-            for name, params in (("raw", state.params), ("ema", state.ema))
-        }
+    def evaluate(self, state: State, images: int) -> dict[str, Evaluation]:
+        """Evaluates "raw" and "ema", the parameters and their averages, on the first `images` of the split.
+
+        What was found last is kept: the end of the curve and of the run often ask for the same.
+        """
+        asked = int(state.step), min(images, len(self.data.test))
+        if self.evaluated is None or self.evaluated[0] != asked:
+            split = self.data.test.head(images)
+            both = {"raw": state.params, "ema": state.ema}
+            found = {name: self.evaluate_split(params, split) for name, params in both.items()}
+            self.evaluated = asked, found
+        return self.evaluated[1]
 
     def save(self) -> None:
         """Writes a checkpoint, except at update 0, where there is nothing to keep."""
@@ -120,6 +128,7 @@ def prepare(
     optimizer: optax.GradientTransformation | None = None,
     devices: list[jax.Device] | None = None,
     allowed_steps: int | None = None,
+    programs: dict[tuple, Callable] | None = None,
 ) -> Iterator[Session]:
     """Checks everything, opens ledger and checkpoints, and compiles; the ledger is locked within the block.
 
@@ -155,7 +164,8 @@ def prepare(
             raise ValueError(f"{experiment.pretrained} changed while it was read; start again")
         check_deterministic(model, noise_images(data))
         check_independent(model, noise_images(data))
-        trainer = make_trainer(experiment, data, seed=seed, model=model, optimizer=optimizer, devices=devices)
+        own = dict(model=model, optimizer=optimizer, devices=devices)
+        trainer = make_trainer(experiment, data, seed=seed, **own, programs=programs)
         report = check_trainer(trainer)
         report.raise_if_failed()
         if report.rounding:
@@ -168,7 +178,7 @@ def prepare(
         state, notes = checkpoints.restore(trainer.state)
         stream = _stream(ledger, state, notes, settings)
         assert_same_seed(derived_seed(seed, stream))
-        evaluate = make_evaluate(trainer.apply, recipe=data.recipe)
+        evaluate = make_evaluate(trainer.apply, even_batch_size(len(data.test)), data.recipe)
         evaluate(state.params, data.test.head(1))  # compiles, before anything is charged
         session = Session(
             experiment=experiment,

@@ -18,8 +18,8 @@ from jax.sharding import PartitionSpec
 
 from dpnb.data import Dataset, Recipe, augment
 from dpnb.experiments import Experiment
-from dpnb.gradients import ClippedGrad, choose_form, clipped_grad
-from dpnb.models import functional
+from dpnb.gradients import ClippedGrad, choose_form, clipped_grad, formulation_in_force
+from dpnb.models import functional, structure
 from dpnb.models.registry import make_model
 from dpnb.privacy import sampling
 from dpnb.privacy.noise import GridNoise, grid_bits
@@ -69,6 +69,7 @@ def make_trainer(
     optimizer: optax.GradientTransformation | None = None,
     devices: list[jax.Device] | None = None,
     physical_batch_size: int | None = None,
+    programs: dict[tuple, Callable] | None = None,
 ) -> Trainer:
     """Puts data and parameters on the devices; nothing is compiled or spent yet.
 
@@ -81,15 +82,17 @@ def make_trainer(
       optimizer: any Optax transformation (default: `make_optimizer(experiment)`).
       devices: form a one-dimensional mesh; default all devices of all processes.
       physical_batch_size: examples per device and call; default `per_device_batch_size(experiment)`.
+      programs: gets this trainer's `accumulate`, unless it holds that of a trainer that would compile the same
+        program; this one then takes it over, traced and compiled as it is. Code that was changed in between is
+        not noticed. Models with other arrays than parameters (running statistics, frozen layers) share none.
     Raises:
       ValueError: noise_multiplier is None (0 means no noise), or there is noise but clip_norm is infinite.
     """
     check_noise(experiment)
     n, devices = len(data.train), devices or jax.devices()
     mesh = jax.sharding.Mesh(np.array(devices), (AXIS,))
-    params, apply = functional(
-        make_model(experiment, len(data.classes), initial_rngs(seed)) if model is None else model
-    )
+    model = make_model(experiment, len(data.classes), initial_rngs(seed)) if model is None else model
+    params, apply = functional(model)
     optimizer = optimizer or make_optimizer(experiment)
     rescale = math.isfinite(experiment.clip_norm)
     sigma, bits = experiment.noise_multiplier, None
@@ -118,6 +121,13 @@ def make_trainer(
     state = State(zero, params, params, optimizer.init(params), root_key(seed))
     places = state_shardings(state, mesh, experiment.shard)._replace(key=replicated(mesh))
     feed = make_feed(data, experiment.augmult, mesh)
+    accumulate = make_accumulate(grad, experiment.augmult, mesh, data.recipe, feed.resident)
+    network = structure(model)
+    if (
+        programs is not None and network is not None
+    ):  # all that decides the program; the loss follows from the network
+        terms = network, dataclasses.replace(grad, loss=None), experiment.augmult, mesh, repr(data.recipe)
+        accumulate = programs.setdefault((*terms, feed.resident, formulation_in_force()), accumulate)
     return Trainer(
         experiment=experiment,
         sampler=sampler,
@@ -131,7 +141,7 @@ def make_trainer(
         feed=feed,
         physical_batch_size=physical * len(devices),
         zero=make_zero(jax.eval_shape(lambda: params), mesh, jnp.int32 if sigma else jnp.float32),
-        accumulate=make_accumulate(grad, experiment.augmult, mesh, data.recipe, feed.resident),
+        accumulate=accumulate,
         update=make_update(experiment, grad.unit, optimizer, mesh, places),
     )
 

@@ -166,7 +166,7 @@ def test_a_finished_secret_run_is_found(made):
 
 
 def test_a_sweep_skips_a_finished_secret_run(made, monkeypatch):
-    monkeypatch.setattr(sweep.training, "train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(sweep.training, "train", lambda *_, **__: pytest.fail("trained again"))
     said = []
     done = sweep.run([made.run.experiment], shared_runs.bands(), made.out, said.append)
     assert done.records == [made.full] and said == ["1 cells, 1 of them finished"]
