@@ -186,7 +186,7 @@ def measure(apply: Callable, params, split, recipe: Recipe, tie: float, batch_si
     """
 
     @jax.jit
-    def forward(images, labels):
+    def forward(params, images, labels):
         logits = apply(params, plain(images, recipe)).astype(jnp.float32)
         known = jnp.maximum(labels, 0)
         true = jnp.take_along_axis(logits, known[:, None], 1)[:, 0]
@@ -199,7 +199,7 @@ def measure(apply: Callable, params, split, recipe: Recipe, tie: float, batch_si
 
     parts = []
     for images, labels, real in padded_batches(split, batch_size):
-        parts.append([np.asarray(x)[:real] for x in forward(images, labels)])
+        parts.append([np.asarray(x)[:real] for x in forward(params, images, labels)])
     right, near, loss, readable = map(np.concatenate, zip(*parts, strict=True))
     return Measured(int(right.sum()), int(near.sum()), float(loss[readable].mean()))
 

@@ -153,7 +153,13 @@ def _like(experiment: Experiment) -> Experiment:
 def _make_transform(data: Dataset, experiment: Experiment) -> Callable:
     model = registry.make_network(experiment, len(data.classes), nnx.Rngs(0))
     check_independent(model, np.random.default_rng(0).normal(size=(3, *data.shape)))
-    return jax.jit(lambda images: model.features(normalise(images, data.recipe)).astype("float32"))
+    graph, state = nnx.split(model)
+
+    @jax.jit
+    def transform(state, images):  # weights within the program would be compiled with it
+        return nnx.merge(graph, state, copy=True).features(normalise(images, data.recipe)).astype("float32")
+
+    return functools.partial(transform, state)
 
 
 @functools.lru_cache(maxsize=1)

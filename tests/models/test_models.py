@@ -15,6 +15,7 @@ from dpnb.models import (
     WideResNet,
     check_deterministic,
     check_independent,
+    checks,
     functional,
 )
 from dpnb.models.layers import Conv, standardise
@@ -282,6 +283,28 @@ class Neighbour(nnx.Module):
         return x if self.deterministic else x + jnp.roll(x, 1, 0).astype(x.dtype)
 
 
+class Examined(nnx.Module):
+    """Only in evaluation."""
+
+    deterministic = False
+
+    def __call__(self, x):
+        return x + jnp.roll(x, 1, 0) if self.deterministic else x
+
+
+class Told(nnx.Module):
+    """Only in evaluation, of which it keeps a note that flax does not look into."""
+
+    def __init__(self):
+        self.told = set()
+
+    def eval(self, **attributes):
+        self.told.add("evaluation")
+
+    def __call__(self, x):
+        return x + jnp.roll(x, 1, 0) if self.told else x
+
+
 FEATURES = jax.random.normal(jax.random.key(0), (3, 5, 4))
 
 
@@ -307,6 +330,27 @@ def test_batch_norm_is_caught(evaluating):
 def test_other_mixing_is_caught(model, message):
     with pytest.raises(MixesExamples, match=message):
         check_independent(model, FEATURES)
+
+
+@pytest.mark.parametrize(
+    "model", [Examined, Told, lambda: nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), Examined())]
+)
+def test_mixing_in_evaluation_alone_is_caught(model):
+    with pytest.raises(MixesExamples, match="in eval mode the output of example 1 moved"):
+        check_independent(model(), FEATURES)
+
+
+def test_the_second_mode_is_checked_only_if_it_may_compute_otherwise(monkeypatch):
+    """A mode changes nothing of most models; of these it does."""
+    modes, check = [], checks._check
+    monkeypatch.setattr(checks, "_check", lambda *given: modes.append(given[2]) or check(*given))
+    check_independent(nnx.Linear(4, 2, rngs=nnx.Rngs(0)), FEATURES)
+    assert modes == ["train"]
+    drop = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+    for model in (drop, nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), drop)):
+        modes.clear()
+        check_independent(model, FEATURES)
+        assert modes == ["train", "eval"]
 
 
 def test_mixing_of_integers_is_caught():
@@ -359,6 +403,16 @@ def test_random_streams_that_move_are_caught():
     for model in (Drawing(), drop):
         with pytest.raises(DrawsRandomNumbers, match="moved the random stream .*count"):
             check_deterministic(model, FEATURES)
+
+    class Making(nnx.Module):
+        """Without a stream before the call."""
+
+        def __call__(self, x):
+            self.rngs = nnx.Rngs(noise=1)
+            return x + jax.random.normal(self.rngs.noise(), x.shape)
+
+    with pytest.raises(DrawsRandomNumbers, match="moved the random stream .*count"):
+        check_deterministic(Making(), FEATURES)
     drop.eval()
     for model in (drop, nnx.Dropout(0.0, rngs=nnx.Rngs(0)), nnx.Linear(4, 2, rngs=nnx.Rngs(0)), Centred()):
         check_deterministic(model, FEATURES)

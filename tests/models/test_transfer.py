@@ -141,6 +141,35 @@ def test_classifier_only_is_the_last_layer_of_the_same_network(public):
     np.testing.assert_allclose(apply(params, prepared.train.images), want, rtol=1e-4, atol=1e-4)
 
 
+class TwoLayers(nnx.Module):
+    """58,000 weights."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.layers = nnx.Sequential(nnx.Linear(192, 300, rngs=rngs), nnx.relu, nnx.Linear(300, 4, rngs=rngs))
+
+    def __call__(self, images):
+        return self.layers(images.reshape(len(images), -1))
+
+
+@pytest.mark.filterwarnings("error:A large amount of constants")
+def test_weights_are_arguments_of_programs(public, tmp_path):
+    """Constants within them would be compiled with them, again for each seed and each file."""
+    large, images = 200_000, tiny.data(20)
+    before = jax.config.jax_captured_constants_warn_bytes
+    try:
+        jax.config.update("jax_captured_constants_warn_bytes", large)
+        weights = jnp.ones(large)
+        with pytest.raises(UserWarning, match="constants were captured"):
+            jax.jit(lambda x: weights + x)(1.0)
+        features.prepare(experiment(public, "classifier"), images)  # of a network with 315 kB
+        train(tiny.experiment(augmult=0), tiny.data(), tmp_path, model=TwoLayers())
+        params, apply = functional(TwoLayers())
+        verification.measure(apply, params, images.test, images.recipe, 1e-3)
+    finally:
+        jax.config.update("jax_captured_constants_warn_bytes", before)
+
+
 def test_features_of_other_weights_are_other_data(public, tmp_path):
     """So that neither seed, checkpoint nor record of one serves the other."""
     other = str(tmp_path / "other.safetensors")
