@@ -29,12 +29,14 @@ def functional(model: nnx.Module) -> tuple[dict[str, Any], Callable[[Any, jax.Ar
 def structure(model: nnx.Module) -> Hashable | None:
     """Returns what a model computes with, beside its parameters: equal for models that differ in these alone.
 
-    It is the model's classes and settings. None if that is not all: the model holds other arrays, which `functional`
-    makes constants of the program, or settings that cannot be hashed.
+    It is the model's classes and settings, with their types; objects among the settings must not be changed. None if
+    that is not all: the model holds other variables, which `functional` makes constants of the program, or settings
+    that cannot be hashed.
     """
     graph, _, rest = nnx.split(model, nnx.Param, ...)
+    found = graph, repr(graph)  # which tells 1 from 1.0 and True
     try:
-        hash(graph)
-    except TypeError:
+        hash(found)
+    except Exception:  # whatever a setting's own __hash__ raises
         return None
-    return None if jax.tree.leaves(rest) else graph
+    return None if nnx.to_flat_state(rest) else found

@@ -24,7 +24,7 @@ class Cost:
     seconds: of all updates on this device.
     physical_batch_size: examples per device.
     form: of the clipped gradient, and why.
-    programs: what was compiled to find this out, for `dpnb.training.train`.
+    programs: the compiled sum of gradients, for `dpnb.training.train`; empty if the model shares none.
     """
 
     views: float

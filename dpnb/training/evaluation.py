@@ -24,7 +24,7 @@ class Evaluation(NamedTuple):
 
 
 def even_batch_size(n: int, most: int = 250) -> int:
-    """Returns the images per call, at most `most`, with which n images need no call more and least padding.
+    """Returns the size of batches that pads n images least, in as few calls as batches of `most` need.
 
     >>> even_batch_size(297), even_batch_size(10_000)
     (149, 250)

@@ -54,6 +54,7 @@ class Session:
     public: the weights that it started from, see `dpnb.models.weights.provenance`.
     seconds: wall time that earlier processes took.
     hardware: what made the updates so far, one after another, each once (`dpnb.training.settings.hardware`).
+    evaluated: (step, images) of the last evaluation, and what was found.
     """
 
     experiment: Experiment
@@ -72,9 +73,7 @@ class Session:
     evaluate_split: Callable[[Any, Any], Evaluation]  # (params, split)
     is_finite: Callable[[Any], bool]  # (params): their outputs for public inputs
     budget_spent: Callable[[int], float]  # (charges) -> epsilon
-    evaluated: tuple[tuple[int, int], dict[str, Evaluation]] | None = (
-        None  # (step, images), and what was found
-    )
+    evaluated: tuple[tuple[int, int], dict[str, Evaluation]] | None = None
 
     def __post_init__(self):
         self.start = int(self.state.step)

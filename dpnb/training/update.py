@@ -84,7 +84,8 @@ def make_trainer(
       physical_batch_size: examples per device and call; default `per_device_batch_size(experiment)`.
       programs: gets this trainer's `accumulate`, unless it holds that of a trainer that would compile the same
         program; this one then takes it over, traced and compiled as it is. Code that was changed in between is
-        not noticed. Models with other arrays than parameters (running statistics, frozen layers) share none.
+        not noticed, nor a formulation that is chosen when it is first called. Models with other arrays than
+        parameters (running statistics, frozen layers) share none.
     Raises:
       ValueError: noise_multiplier is None (0 means no noise), or there is noise but clip_norm is infinite.
     """
@@ -122,10 +123,8 @@ def make_trainer(
     places = state_shardings(state, mesh, experiment.shard)._replace(key=replicated(mesh))
     feed = make_feed(data, experiment.augmult, mesh)
     accumulate = make_accumulate(grad, experiment.augmult, mesh, data.recipe, feed.resident)
-    network = structure(model)
-    if (
-        programs is not None and network is not None
-    ):  # all that decides the program; the loss follows from the network
+    network = structure(model) if programs is not None else None
+    if network is not None:  # these decide the program; the loss follows from the network
         terms = network, dataclasses.replace(grad, loss=None), experiment.augmult, mesh, repr(data.recipe)
         accumulate = programs.setdefault((*terms, feed.resident, formulation_in_force()), accumulate)
     return Trainer(

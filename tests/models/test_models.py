@@ -305,6 +305,19 @@ class Told(nnx.Module):
         return x + jnp.roll(x, 1, 0) if self.told else x
 
 
+class Overheard(nnx.Module):
+    """Only in evaluation, which it hears of in ways of its own."""
+
+    def __init__(self):
+        self.told = set()
+
+    def set_attributes(self, *filters, deterministic, **attributes):
+        self.told.update(["evaluation"] * deterministic)
+
+    def __call__(self, x):
+        return x + jnp.roll(x, 1, 0) if self.told else x
+
+
 FEATURES = jax.random.normal(jax.random.key(0), (3, 5, 4))
 
 
@@ -333,24 +346,55 @@ def test_other_mixing_is_caught(model, message):
 
 
 @pytest.mark.parametrize(
-    "model", [Examined, Told, lambda: nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), Examined())]
+    "model",
+    [Examined, Told, Overheard, lambda: nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), Examined())],
 )
 def test_mixing_in_evaluation_alone_is_caught(model):
     with pytest.raises(MixesExamples, match="in eval mode the output of example 1 moved"):
         check_independent(model(), FEATURES)
 
 
-def test_the_second_mode_is_checked_only_if_it_may_compute_otherwise(monkeypatch):
-    """A mode changes nothing of most models; of these it does."""
+def test_the_second_mode_is_checked_only_if_it_is_another_program(monkeypatch):
     modes, check = [], checks._check
-    monkeypatch.setattr(checks, "_check", lambda *given: modes.append(given[2]) or check(*given))
-    check_independent(nnx.Linear(4, 2, rngs=nnx.Rngs(0)), FEATURES)
-    assert modes == ["train"]
+    monkeypatch.setattr(checks, "_check", lambda *given: modes.append(given[3]) or check(*given))
+    for model in (nnx.Linear(4, 2, rngs=nnx.Rngs(0)), nnx.Dropout(0.0, rngs=nnx.Rngs(0))):
+        modes.clear()
+        check_independent(model, FEATURES)
+        assert modes == ["train"]
     drop = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
     for model in (drop, nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), drop)):
         modes.clear()
         check_independent(model, FEATURES)
         assert modes == ["train", "eval"]
+
+
+class Concrete(nnx.Module):
+    """What a call does depends on values that it holds, which must not be arguments of its program."""
+
+    def __init__(self):
+        self.kept, self.shape = np.array([True, False, True, True]), np.array([5, 3])
+        self.times, self.doubled = nnx.Variable(2), nnx.Variable(jnp.array(True))
+        self.mask = nnx.Variable(jnp.array([True, True, False]))
+        self.layer = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        x = x[..., self.kept].reshape(len(x), *self.shape)
+        for _ in range(self.times.get_value()):
+            x = self.layer(x)
+        return (2 * x if self.doubled[...] else x)[..., self.mask[...]]
+
+
+def test_models_that_need_values_while_they_are_traced_pass():
+    check_deterministic(Concrete(), FEATURES)
+    check_independent(Concrete(), FEATURES)
+
+
+def test_parameters_may_lie_on_several_devices():
+    model = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), nnx.Linear(4, 4, rngs=nnx.Rngs(1)))
+    for layer, device in zip(model.layers, jax.devices(), strict=False):
+        layer.kernel[...] = jax.device_put(layer.kernel[...], device)
+    check_deterministic(model, FEATURES)
+    check_independent(model, FEATURES)
 
 
 def test_mixing_of_integers_is_caught():

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from dpnb import data, results, sweep, training
 from dpnb.data import augment
-from dpnb.models import WideResNet, functional
+from dpnb.models import WideResNet, check_independent, functional
 from dpnb.models.registry import make_model
 from dpnb.models.weights import catalogue as pretrained
 from dpnb.models.weights import transfer
@@ -142,7 +142,7 @@ def test_classifier_only_is_the_last_layer_of_the_same_network(public):
 
 
 class TwoLayers(nnx.Module):
-    """58,000 weights."""
+    """59,104 weights."""
 
     def __init__(self):
         rngs = nnx.Rngs(0)
@@ -164,6 +164,9 @@ def test_weights_are_arguments_of_programs(public, tmp_path):
             jax.jit(lambda x: weights + x)(1.0)
         features.prepare(experiment(public, "classifier"), images)  # of a network with 315 kB
         train(tiny.experiment(augmult=0), tiny.data(), tmp_path, model=TwoLayers())
+        check_independent(
+            make_model(experiment(public, "last-1"), tiny.CLASSES, nnx.Rngs(0)), images.train.images / 255
+        )
         params, apply = functional(TwoLayers())
         verification.measure(apply, params, images.test, images.recipe, 1e-3)
     finally:

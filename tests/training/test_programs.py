@@ -17,9 +17,9 @@ from dpnb.training import UnsoundTrainer, cost, make_trainer, one_update, train,
 class Network(nnx.Module):
     """Settings, a convolution and what else a test wants it to hold."""
 
-    def __init__(self, scale=1.0, seed=0, more=None):
+    def __init__(self, scale=1.0, seed=0, more=None, dtype=None):
         self.scale, self.more = scale, more
-        self.layer = nnx.Conv(3, 4, (3, 3), rngs=nnx.Rngs(seed))
+        self.layer = nnx.Conv(3, 4, (3, 3), dtype=dtype, rngs=nnx.Rngs(seed))
 
     def __call__(self, x):
         return self.scale * self.layer(x).mean((1, 2))
@@ -61,6 +61,10 @@ def one_update_of(t):
     return state.params, state.ema, seen
 
 
+class Other(Network):
+    """The same by another name."""
+
+
 class OtherRecipe(Dataset):
     recipe = Recipe(std=(1.0, 1.0, 1.0))
 
@@ -68,8 +72,9 @@ class OtherRecipe(Dataset):
 CHANGES = {
     "clip norm": {"clip_norm": 0.5}, "views": {"augmult": 2}, "no views": {"augmult": 0}, "no noise": {"noise_multiplier": 0.0},
     "grid": {"noise_multiplier": 300.0}, "form": {"form": "two-pass"}, "devices": {"devices": 2},
-    "microbatches": {"physical": 8}, "setting": {"model": lambda: Network(2.0)},
-    "class": {"model": lambda: type("Other", (Network,), {})()},
+    "microbatches": {"physical": 8}, "setting": {"model": lambda: Network(2.0)}, "type of a setting": {"model": lambda: Network(1)},
+    "half precision": {"model": lambda: Network(dtype="bfloat16")},
+    "class": {"model": lambda: Other()},
     "recipe": {"data": OtherRecipe(**{f: getattr(tiny.data(), f) for f in ("name", "train", "test", "classes")})},
 }  # fmt: skip
 
@@ -80,7 +85,7 @@ def test_whatever_decides_the_program_is_told_apart(what):
     first, second = trainer(programs), trainer(programs, **CHANGES[what])
     assert first.accumulate is not second.accumulate and len(programs) == 2
     assert trainer(programs).accumulate is first.accumulate
-    assert trainer(programs, **CHANGES[what]).accumulate is second.accumulate or what == "class"
+    assert trainer(programs, **CHANGES[what]).accumulate is second.accumulate
 
 
 def test_formulations_are_told_apart():
@@ -99,7 +104,14 @@ def test_batches_that_are_read_from_disk_are_told_apart(monkeypatch):
     assert trainer(programs).accumulate is not resident and len(programs) == 2
 
 
-@pytest.mark.parametrize("more", [nnx.BatchStat(jax.numpy.ones(3)), bytearray(b"unhashable")])
+class Unwilling:
+    def __hash__(self):
+        raise ValueError("no hash")
+
+
+@pytest.mark.parametrize(
+    "more", [nnx.BatchStat(jax.numpy.ones(3)), nnx.Variable(()), bytearray(b"unhashable"), Unwilling()]
+)
 def test_models_with_more_than_parameters_share_nothing(more):
     """What else they hold is a constant of the program."""
     programs, model = {}, Network(more=more)
