@@ -66,6 +66,15 @@ def with_helpers(**changes: str) -> dict[str, str]:
     return {**os.environ, **changes, "PYTHONPATH": python_path(ROOT / "tests", ROOT)}
 
 
+def count_traces(patch) -> list[int]:
+    """A list that gets an entry each time that the loss of a clipped gradient is traced."""
+    from dpnb.gradients import ClippedGrad
+
+    times, loss = [], ClippedGrad._mean_loss
+    patch.setattr(ClippedGrad, "_mean_loss", lambda *given: times.append(1) or loss(*given))
+    return times
+
+
 _reports = {}
 
 

@@ -10,7 +10,6 @@ import shared_runs
 
 from dpnb import experiments, results, sweep, training
 from dpnb.experiments import Experiment, studies
-from dpnb.gradients import ClippedGrad
 from dpnb.training import session, update
 
 TINY = dict(dataset="bands", steps=2, expected_batch_size=24, delta=1e-3, physical_batch_size=8, augmult=0,
@@ -30,9 +29,8 @@ def plan(pattern="cifar10/lr-clip/lr1-*", seeds=2, **changes):
 @pytest.fixture(scope="module")
 def swept():
     """Three cells, two seeds, run once; `said` is what it printed, `traced` has one entry for each loss traced."""
-    traced, loss = [], ClippedGrad._mean_loss
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ClippedGrad, "_mean_loss", lambda *given: traced.append(1) or loss(*given))
+        traced = shared_runs.count_traces(patch)
         patch.setattr(update, "make_model", shared_runs.linear)
         patch.setattr(session, "make_model", shared_runs.linear)
         root, said = shared_runs.temporary("sweep"), []

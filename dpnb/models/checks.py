@@ -1,13 +1,11 @@
 """Checks that a model treats every example on its own, by its behaviour and not by layer names."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dpnb.models.weights.transfer import Frozen
+from dpnb.models.pure import jitted
 
 # The state that could carry examples from call to call.
 _carried = nnx.Not(nnx.Any(nnx.Param, nnx.RngState, nnx.Intermediate))
@@ -123,20 +121,13 @@ def _check(model, call, inputs, mode, tolerance):
 
 
 def _functional(model, returned=_carried):
-    """Returns a pure function `(inputs) -> (outputs, the returned part of the state after the call)`.
+    """Returns a pure function `(inputs) -> (outputs, the returned part of the state after the call)`."""
 
-    Weights are arguments of its program, which would compile them as constants. What else the model holds is
-    constant: a call may index by it or decide by it.
-    """
-    graph, weights, rest = nnx.split(model, (nnx.Param, Frozen), ...)
-
-    @jax.jit
-    def call(weights, inputs):
-        fresh = nnx.merge(graph, weights, rest, copy=True)  # the same random numbers every time
+    def call(fresh, inputs):  # with the same random numbers every time
         outputs = fresh(inputs)
         return outputs, nnx.to_pure_dict(nnx.state(fresh, returned))
 
-    return functools.partial(call, jax.device_get(weights))  # from whatever devices they are on
+    return jitted(model, call)
 
 
 def _replacements(inputs, j):

@@ -1,10 +1,13 @@
 """Turns an NNX model into a pure function of its parameters."""
 
+import functools
 from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
 from flax import nnx
+
+from dpnb.models.weights.transfer import Frozen
 
 
 def functional(model: nnx.Module) -> tuple[dict[str, Any], Callable[[Any, jax.Array], jax.Array]]:
@@ -24,6 +27,21 @@ def functional(model: nnx.Module) -> tuple[dict[str, Any], Callable[[Any, jax.Ar
         return nnx.merge(graph, params, rest, copy=True)(inputs)
 
     return nnx.to_pure_dict(params), apply
+
+
+def jitted(model: nnx.Module, call: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a jitted function (*arguments) -> call(model, *arguments), which gets a fresh copy of the model.
+
+    Weights, frozen ones too, are arguments of its program, which would compile them as constants. What else the model
+    holds is constant: a call may index by it or decide by it. The weights may lie on any devices.
+    """
+    graph, weights, rest = nnx.split(model, (nnx.Param, Frozen), ...)
+
+    @jax.jit
+    def program(weights, *arguments):
+        return call(nnx.merge(graph, weights, rest, copy=True), *arguments)
+
+    return functools.partial(program, jax.device_put(jax.device_get(weights)))
 
 
 def structure(model: nnx.Module) -> Hashable | None:

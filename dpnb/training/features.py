@@ -21,6 +21,7 @@ from dpnb.data.augment import normalise
 from dpnb.data.dataset import in_batches, padded_batches
 from dpnb.experiments import Experiment
 from dpnb.models import check_independent, registry, weights
+from dpnb.models.pure import jitted
 from dpnb.training.progress import interactive
 from dpnb.training.settings import rounding
 
@@ -153,13 +154,9 @@ def _like(experiment: Experiment) -> Experiment:
 def _make_transform(data: Dataset, experiment: Experiment) -> Callable:
     model = registry.make_network(experiment, len(data.classes), nnx.Rngs(0))
     check_independent(model, np.random.default_rng(0).normal(size=(3, *data.shape)))
-    graph, state = nnx.split(model)
-
-    @jax.jit
-    def transform(state, images):  # weights within the program would be compiled with it
-        return nnx.merge(graph, state, copy=True).features(normalise(images, data.recipe)).astype("float32")
-
-    return functools.partial(transform, state)
+    return jitted(
+        model, lambda model, images: model.features(normalise(images, data.recipe)).astype("float32")
+    )
 
 
 @functools.lru_cache(maxsize=1)

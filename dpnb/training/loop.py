@@ -100,9 +100,10 @@ def train(
       UnsoundTrainer: clipping, noise or sampling do not behave as the guarantee needs them to.
       LedgerError: the ledger is locked or damaged, or does not hold the last update of the checkpoint.
     """
-    own = dict(model=model, optimizer=optimizer, devices=devices)
-    terms = dict(allowed_steps=allowed_steps, programs=programs)
-    with prepare(experiment, data, directory, **own, **terms) as session:
+    terms = dict(
+        model=model, optimizer=optimizer, devices=devices, allowed_steps=allowed_steps, programs=programs
+    )
+    with prepare(experiment, data, directory, **terms) as session:
         experiment, stopped, saved = session.experiment, "", time.monotonic()
         with Progress(experiment.steps, session.start) as progress:
             try:

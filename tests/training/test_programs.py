@@ -5,11 +5,12 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
+import shared_runs
 import tiny
 from flax import nnx
 
 from dpnb.data import Dataset, Recipe
-from dpnb.gradients import clipping, convolution
+from dpnb.gradients import convolution
 from dpnb.models import structure
 from dpnb.training import UnsoundTrainer, cost, make_trainer, one_update, train, update
 
@@ -34,10 +35,7 @@ def trainer(programs, model=Network, seed=5, devices=1, physical=4, data=None, *
 
 @pytest.fixture
 def traced(monkeypatch):
-    """One entry for each time that the loss is traced."""
-    times, loss = [], clipping.ClippedGrad._mean_loss
-    monkeypatch.setattr(clipping.ClippedGrad, "_mean_loss", lambda *given: times.append(1) or loss(*given))
-    return times
+    return shared_runs.count_traces(monkeypatch)
 
 
 def test_other_seeds_rates_and_budgets_share_and_get_what_they_would_have_had(traced):
