@@ -1,5 +1,6 @@
 """Eight simulated CPU devices, set before JAX starts, and the fixtures that tests ask for by name."""
 
+import contextlib
 import gc
 import os
 import tempfile
@@ -52,6 +53,13 @@ def float64():
     """JAX computes in float64 inside the test; two ways to the same number then agree to 1e-12."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def trace_for():
+    """A function that has the rest of the test traced as for devices of a platform."""
+    with contextlib.ExitStack() as stack:
+        yield lambda platform: stack.enter_context(shared_runs.traced_for(platform))
 
 
 @pytest.fixture

@@ -61,6 +61,14 @@ def environment() -> dict[str, str]:
     return {**os.environ, **changed}
 
 
+def traced_for(platform: str):
+    """A context in which programs are traced as for devices of this platform; they still run on CPU."""
+    import jax
+
+    device = jax.sharding.AbstractDevice(platform, None, platform)
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
+
+
 def with_helpers(**changes: str) -> dict[str, str]:
     """The environment for subprocesses that import `tiny` or this file."""
     return {**os.environ, **changes, "PYTHONPATH": python_path(ROOT / "tests", ROOT)}
@@ -292,6 +300,7 @@ def record_of(name: str, preset: str, accuracy: float = 60.0, seed: int | None =
 @functools.cache
 def _record(experiment) -> dict:
     from dpnb import results
+    from dpnb.models.precision import dtype_of
     from dpnb.training import Run
 
     evaluated = types.SimpleNamespace(accuracy=60.0, loss=1.0)
@@ -301,6 +310,6 @@ def _record(experiment) -> dict:
     run = Run(
         experiment=experiment, params={}, ema_params={}, history=[{"step": experiment.steps}], raw=evaluated, ema=evaluated,
         events=[{**vars(experiment.mechanism(50_000)), "steps": experiment.steps}], steps=experiment.steps, seconds=60.0,
-        devices="1 x cpu, jax 0", public=None, stopped="",
+        devices="1 x cpu, jax 0", computed_in=dtype_of(experiment) or "float32", public=None, stopped="",
     )  # fmt: skip
     return results.record(run, data)

@@ -71,7 +71,7 @@ PRESETS = {
     ),
     "colab": dict(  # one small GPU or TPU, an hour or two
         depth=16, width=4, steps=500, expected_batch_size=2048, augmult=4, learning_rate=2.0,
-        compute_dtype="bfloat16", eval_every=50, eval_examples=10_000,
+        eval_every=50, eval_examples=10_000,
     ),
     "paper": {},
 }  # fmt: skip

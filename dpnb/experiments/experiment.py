@@ -18,6 +18,7 @@ from dpnb.privacy.mechanism import LARGEST_CLIP_NORM, SMALLEST_CLIP_NORM
 PRESETS = ("smoke", "teach", "colab", "paper")
 FORMS = ("auto", "materialised", "two-pass")  # of the clipped gradient, see `dpnb.gradients.clipping`
 SCHEDULES = ("constant", "cosine")
+DTYPES = ("float32", "bfloat16", "float16")  # in which a network computes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,9 +174,10 @@ class Experiment:
     )
     compute_dtype: str = _field(
         "model",
-        '"float32" or "bfloat16"; clipping, sums and noise are never in half precision',
+        '"float32", "bfloat16", "float16", or "auto": half precision as the device has it (presets colab and paper), '
+        "float32 on CPUs; clipping, sums and noise are never in half precision",
         "float32",
-        allowed=("float32", "bfloat16"),
+        allowed=("auto", *DTYPES),
     )
     seed: int | None = _field(
         "run",

@@ -57,7 +57,6 @@ def preset_overrides(experiment: Experiment, preset: str) -> dict:
         "colab": dict(
             **({} if nf else dict(depth=16, width=4)),
             steps=min(experiment.steps, 10_000),
-            compute_dtype="bfloat16",
         ),
         "paper": {},
     }[preset]

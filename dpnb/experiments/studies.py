@@ -111,7 +111,7 @@ def preset_overrides(experiment: Experiment, preset: str) -> dict:
     if study == "batch" and e.noise_multiplier is not None:  # constant B / sigma, so sigma shrinks with B
         changes["noise_multiplier"] = e.noise_multiplier / shrink
     if preset == "colab":
-        return {**changes, "compute_dtype": "bfloat16"}
+        return changes
     depth, width = 10, 1
     if study == "depth-width":
         depth, width = (min(e.depth, 22), 1) if cell.startswith("d") else (10, min(e.width, 4))

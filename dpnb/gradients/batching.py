@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dpnb.gradients.platform import platform
+
 
 def per_example(f: Callable[..., Any]) -> Callable[..., Any]:
     """Gives `f` a batching rule that, on CPU, calls `f` once per example and stacks the results.
@@ -28,7 +30,7 @@ def per_example(f: Callable[..., Any]) -> Callable[..., Any]:
 
     @batched.def_vmap
     def rule(axis_size: int, in_batched: list[Any], *args: Any) -> tuple[Any, Any]:
-        if jax.default_backend() == "cpu":
+        if platform() == "cpu":
             # An argument may be unbatched; it is then the same for all examples.
             def pick(i: int) -> list[Any]:
                 return jax.tree.map(lambda x, b: x[i] if b else x, list(args), list(in_batched))

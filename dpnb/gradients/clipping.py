@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dpnb.gradients.platform import platform
 from dpnb.privacy import LARGEST_CLIP_NORM, SMALLEST_CLIP_NORM
 
 PyTree = Any
@@ -19,6 +20,9 @@ FORMS = ("materialised", "two-pass")
 SHARE = 0.4  # part of the memory of a device that per-example gradients may take
 # Gradients on a grid are clipped below the clip norm by this fraction, to make room for the rounding of norms.
 MARGIN = 2**-13
+# With loss scaling, exponents of two: of the scaled loss, and of the largest scale.
+SCALED_LOSS = 10
+LARGEST_SCALE = 20
 LANES = 256  # number of squares that are added up at a time
 
 
@@ -48,6 +52,7 @@ class ClippedGrad:
     microbatch_size: int | None
     form: str = "materialised"
     grid_bits: int | None = None
+    loss_scaling: bool = False
 
     @property
     def sensitivity(self) -> float:
@@ -116,15 +121,13 @@ class ClippedGrad:
         self, params: PyTree, total: PyTree, examples: PyTree, mask: jax.Array
     ) -> tuple[PyTree, NonPrivate]:
         """`total` plus the clipped gradients of one microbatch."""
-        gradient = jax.vmap(jax.value_and_grad(self._mean_loss, has_aux=True), (None, 0))
-        (losses, aux), grads = gradient(params, examples)
-        grads = jax.tree.map(lambda g: g.astype(_accumulator(g)), grads)
+        (losses, aux), grads = jax.vmap(self._value_and_grad, (None, 0))(params, examples)
         squares = jax.tree.map(_squares, grads)
         norms = jnp.sqrt(sum(jax.tree.leaves(squares)))
         # Selected, not multiplied by zero: zero times NaN is NaN.
         included = mask & _finite(norms)
         factor = self._factor(jnp.where(included, norms, 1.0))
-        few = jax.default_backend() == "cpu" and len(norms) <= FEW
+        few = platform() == "cpu" and len(norms) <= FEW
 
         def add(total: jax.Array, g: jax.Array, factor: jax.Array, included: jax.Array) -> jax.Array:
             # Kernels of convolutions come one by one, see `dpnb.gradients.batching`. To reduce large arrays of floats
@@ -142,7 +145,8 @@ class ClippedGrad:
             within = jnp.where(now > allowed, allowed / now, 1)
             return add(total, g, factor * within, included & _finite(now))
 
-        return jax.tree.map(add_again, total, self._second_pass(params, examples, norms), squares), info
+        again = self._second_pass(params, examples, norms, losses)
+        return jax.tree.map(add_again, total, again, squares), info
 
     def _mean_loss(self, params: PyTree, example: PyTree) -> tuple[jax.Array, PyTree]:
         """(mean of the loss over the views, aux)."""
@@ -151,15 +155,37 @@ class ClippedGrad:
         _check_floating(value, "the loss")
         return jnp.mean(value.astype(_accumulator(value))), aux
 
-    def _second_pass(self, params: PyTree, examples: PyTree, norms: jax.Array) -> PyTree:
+    def _value_and_grad(self, params: PyTree, example: PyTree) -> tuple[tuple[jax.Array, PyTree], PyTree]:
+        """((loss, aux), gradient) of one example, the gradient at least in float32."""
+        loss, pull_back, aux = jax.vjp(lambda p: self._mean_loss(p, example), params, has_aux=True)
+        scale = self._scale(loss)
+        return (loss, aux), _divided(pull_back(scale)[0], scale)
+
+    def _second_pass(self, params: PyTree, examples: PyTree, norms: jax.Array, losses: jax.Array) -> PyTree:
         """The gradients once more, in a way that XLA cannot merge with the first pass.
 
         XLA would merge equal computations and keep the gradients between them. Each loss is therefore multiplied by a
         one that depends on the norm (by zero if the norm is NaN; such examples are not included).
         """
         one = jnp.where(norms >= 0, 1, 0).astype(norms.dtype)
-        gradient = jax.grad(lambda params, example, one: one * self._mean_loss(params, example)[0])
-        return jax.vmap(gradient, (None, 0, 0))(params, examples, one)
+
+        def gradient(params: PyTree, example: PyTree, one: jax.Array, loss: jax.Array) -> PyTree:
+            scale = self._scale(loss)
+            return _divided(jax.grad(lambda p: one * scale * self._mean_loss(p, example)[0])(params), scale)
+
+        return jax.vmap(gradient, (None, 0, 0, 0))(params, examples, one, losses)
+
+    def _scale(self, loss: jax.Array) -> jax.Array:
+        """By what the loss of an example is multiplied before it is differentiated, a power of two.
+
+        It brings losses near `SCALED_LOSS`, as far as `LARGEST_SCALE` goes.
+        """
+        if not self.loss_scaling:
+            return jnp.ones_like(loss)
+        bits = jax.lax.bitcast_convert_type(loss.astype(jnp.float32), jnp.int32)
+        exponent = ((bits >> 23) & 255) - 127  # of two, rounded down
+        power = jnp.clip(SCALED_LOSS - exponent, 0, LARGEST_SCALE)
+        return jax.lax.bitcast_convert_type((power + 127) << 23, jnp.float32).astype(loss.dtype)
 
     def _factor(self, norms: jax.Array) -> jax.Array:
         """The factors that clip gradients of these norms."""
@@ -169,6 +195,11 @@ class ClippedGrad:
         if self.grid_bits is not None:
             clipped = (1 - MARGIN) * 2**self.grid_bits
         return clipped / jnp.maximum(norms, self.clip_norm)
+
+
+def _divided(grads: PyTree, scale: jax.Array) -> PyTree:
+    """The gradients in float32 or more, divided by the scale of the loss."""
+    return jax.tree.map(lambda g: g.astype(_accumulator(g)) / scale.astype(_accumulator(g)), grads)
 
 
 def _squares(g: jax.Array) -> jax.Array:
@@ -241,6 +272,7 @@ def clipped_grad(
     microbatch_size: int | None = None,
     form: str = "materialised",
     grid_bits: int | None = None,
+    loss_scaling: bool = False,
 ) -> ClippedGrad:
     """The sum over examples of gradients clipped to `clip_norm` (paper, sections 2 and 3).
 
@@ -284,6 +316,10 @@ def clipped_grad(
       form: "materialised", or "two-pass" (less memory, about twice the time); see `choose_form`. XLA:CPU orders
         operations for speed. It returns more memory if compiled with
         `xla_cpu_scheduler_type="CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"` among `compiler_options`.
+      loss_scaling: for networks that compute in float16, whose smallest numbers are too large for most gradients.
+        Each loss is multiplied by a power of two that follows from itself, so that it is about 1,000, and the gradient
+        is divided by it, exactly, in float32 before the norm. An example whose gradient overflows float16
+        contributes zero, like any other that is not finite.
       grid_bits: None for a sum of floats; 0 to 24 for a sum of integers in units of sensitivity / 2^grid_bits. Sums
         beyond 31 bits wrap around, see `dpnb.privacy.noise.grid_bits`.
     Returns:
@@ -323,7 +359,7 @@ def clipped_grad(
     if form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
     return ClippedGrad(
-        loss, float(clip_norm), rescale_to_unit_norm, has_aux, microbatch_size, form, grid_bits
+        loss, float(clip_norm), rescale_to_unit_norm, has_aux, microbatch_size, form, grid_bits, loss_scaling
     )
 
 

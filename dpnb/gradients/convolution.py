@@ -32,6 +32,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from dpnb.gradients.platform import platform
+
 FORMULATIONS = ("auto", "unrolled", "unrolled_im2col", "sliced", "im2col", "grouped")
 _formulation = "auto"
 Padding = tuple[tuple[int, int], ...]
@@ -136,11 +138,11 @@ def _choose(x_shape: Shape, g_shape: Shape, w_shape: Shape, spec: Spec) -> str:
     if _formulation != "auto":
         return _formulation
     positions = math.prod(g_shape[1:-1])  # views x height x width of one example
-    if jax.default_backend() == "cpu":
+    if platform() == "cpu":
         small = positions <= 64 or (max(spec.strides) > 1 and positions <= 256)
         return "unrolled_im2col" if small and spec.groups == 1 else "unrolled"
     wide = w_shape[-2] >= 128 or max(spec.strides) > 1
-    return "im2col" if wide and jax.default_backend() == "gpu" else "sliced"
+    return "im2col" if wide and platform() == "gpu" else "sliced"
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""The layer that Flax does not have: a convolution with weight standardisation."""
+"""Layers that are not as Flax has them: a convolution with weight standardisation, and group norm."""
 
 import functools
 
@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dpnb.gradients import conv_general_dilated, per_example
+from dpnb.gradients import conv_general_dilated, group_norm, per_example
+from dpnb.gradients.views import add_bias, per_view
 
 Dtype = jax.typing.DTypeLike
 
@@ -91,4 +92,20 @@ class Conv(nnx.Module):
             x.astype(dtype), kernel.astype(dtype), (self.stride, self.stride), self.padding,
             dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=self.groups,
         )  # fmt: skip
-        return y + jnp.expand_dims(self.bias[...].astype(dtype), (0, 1, 2))
+        return add_bias(y, self.bias[...])
+
+
+class GroupNorm(nnx.GroupNorm):
+    """Flax's group norm, computed by `dpnb.gradients.group_norm`; `mask` is not supported."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises [batch, *spatial, features], each example on its own."""
+        return group_norm(x, self.scale[...], self.bias[...], self.num_groups, self.epsilon, self.dtype)
+
+
+relu = per_view(nnx.relu)
+
+
+def mean_over_positions(x: jax.Array, dtype: Dtype | None = None) -> jax.Array:
+    """Maps [batch, height, width, features] to [batch, features], in the dtype of x or the one given."""
+    return per_view(lambda x: x.mean((1, 2), dtype=dtype))(x)

@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dpnb.models.layers import Conv, Dtype
+from dpnb.gradients.views import add, fork, multiply, per_view
+from dpnb.models.layers import Conv, Dtype, mean_over_positions
+from dpnb.models.precision import dtype_of
 
 DEPTHS = {
     14: (1, 1, 1, 1),
@@ -25,9 +27,15 @@ WIDTHS = (256, 512, 1024, 2048)
 RELU_GAIN = 1.7139588594436646  # sqrt(2 / (1 - 1 / pi)): unit variance after ReLU of a unit Gaussian
 
 
+@per_view
 def scaled_relu(x: jax.Array) -> jax.Array:
     """Applies a ReLU scaled such that a unit Gaussian keeps variance one."""
     return nnx.relu(x) * RELU_GAIN
+
+
+def times(x: jax.Array, number: float) -> jax.Array:
+    """Returns x [batch, ...] times a number, in the dtype of x."""
+    return per_view(lambda x: x * number)(x)
 
 
 def expected_stds(depths: Sequence[int], alpha: float = 0.2) -> list[float]:
@@ -95,24 +103,28 @@ class Bottleneck(nnx.Module):
 
         `keep` [batch] is 0 for examples whose residual branch is dropped (stochastic depth), else 1.
         """
-        y = scaled_relu(x) * self.beta
-        skip = x if self.shortcut is None else self.shortcut(pooled(y, self.pool))
+        x, skip = fork(x)
+        y = times(scaled_relu(x), self.beta)
+        if self.shortcut is not None:
+            y, skip = fork(y)
+            skip = self.shortcut(pooled(skip, self.pool))
         y = self.conv2(scaled_relu(self.conv1(scaled_relu(self.conv0(y)))))
-        return skip + branch(y, self.skip_gain[...] * self.alpha, keep)
+        return add(skip, branch(y, self.skip_gain[...] * self.alpha, keep))
 
 
 def pooled(x: jax.Array, stride: int) -> jax.Array:
     """Averages over stride x stride positions; at the edge of an odd size over those that exist."""
     if stride == 1:
         return x
-    return nnx.avg_pool(x, (stride, stride), (stride, stride), "SAME", count_include_pad=False)
+    size = stride, stride
+    return per_view(lambda x: nnx.avg_pool(x, size, size, "SAME", count_include_pad=False))(x)
 
 
 def branch(y: jax.Array, scale: jax.Array, keep: jax.Array | None) -> jax.Array:
     """Returns y * scale in the dtype of y, and 0 for the examples that are not kept."""
     if keep is not None:
-        y = y * jnp.expand_dims(keep.astype(y.dtype), (1, 2, 3))
-    return y * scale.astype(y.dtype)
+        y = per_view(lambda y, keep: y * jnp.expand_dims(keep.astype(y.dtype), (1, 2, 3)))(y, keep)
+    return multiply(y, scale)
 
 
 class StochasticDepth(nnx.Module):
@@ -209,8 +221,9 @@ class NFResNet(nnx.Module):
 
     def features(self, images: jax.Array) -> jax.Array:
         """Maps images float [batch, height, width, 3] to the classifier's inputs, [batch, 2048 width]."""
-        x = nnx.max_pool(self.stem(images), (3, 3), (2, 2), self.padding)
-        return scaled_relu(through(self.blocks, x, self.drop, self.remat)).mean((1, 2))
+        pool = per_view(lambda x: nnx.max_pool(x, (3, 3), (2, 2), self.padding))
+        x = through(self.blocks, pool(self.stem(images)), self.drop, self.remat)
+        return mean_over_positions(scaled_relu(x))
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Maps images float [batch, height, width, 3] to logits float32 [batch, num_classes]."""
@@ -223,8 +236,7 @@ def build(experiment, num_classes: int, rngs: nnx.Rngs, published_by: str = "dee
     It has no stochastic depth, which would drop the same branches in every update.
     """
     e = experiment
-    dtype = None if e.compute_dtype == "float32" else e.compute_dtype
-    given = dict(width=e.width, remat=e.remat, dtype=dtype, rngs=rngs)
+    given = dict(width=e.width, remat=e.remat, dtype=dtype_of(e), rngs=rngs)
     return NFResNet(e.depth, num_classes, published_by=published_by, **given)
 
 

@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dpnb.models.layers import Conv, Dtype
-from dpnb.models.nf_resnet import StochasticDepth, branch, layout, pooled, through
+from dpnb.gradients.views import add, fork, per_view
+from dpnb.models.layers import Conv, Dtype, mean_over_positions
+from dpnb.models.nf_resnet import StochasticDepth, branch, layout, pooled, through, times
+from dpnb.models.precision import dtype_of
 
 DEPTHS = {"F0": (1, 2, 6, 3), "F1": (2, 4, 12, 6), "F3": (4, 8, 24, 12)}
 SIZES = {"F0": (192, 256), "F1": (224, 320), "F3": (320, 416)}  # image side in training, in evaluation
@@ -19,9 +21,16 @@ GROUP = 128  # channels in a group of the 3x3 convolutions
 GELU_GAIN = 1.7015043497085571
 
 
+@per_view
 def scaled_gelu(x: jax.Array) -> jax.Array:
     """Applies a GELU scaled such that a unit Gaussian keeps variance one."""
     return nnx.gelu(x) * GELU_GAIN
+
+
+@per_view
+def gate(x: jax.Array, factors: jax.Array) -> jax.Array:
+    """Multiplies x [batch, height, width, channels] by factors [batch, 1, 1, channels], in the dtype of x."""
+    return x * factors.astype(x.dtype)
 
 
 class SqueezeExcite(nnx.Module):
@@ -33,9 +42,9 @@ class SqueezeExcite(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [batch, height, width, channels] to gates float32 [batch, 1, 1, channels]."""
-        mean = x.astype(jnp.float32).mean((1, 2))
-        gate = 2 * nnx.sigmoid(self.excite(nnx.relu(self.squeeze(mean))))
-        return jnp.expand_dims(gate, (1, 2))
+        mean = mean_over_positions(x, jnp.float32)
+        factors = 2 * nnx.sigmoid(self.excite(nnx.relu(self.squeeze(mean))))
+        return jnp.expand_dims(factors, (1, 2))
 
 
 class NFBlock(nnx.Module):
@@ -62,14 +71,16 @@ class NFBlock(nnx.Module):
 
         `keep` [batch] is 0 for examples whose residual branch is dropped (stochastic depth), else 1.
         """
-        y = scaled_gelu(x) * self.beta
-        skip = x
+        x, skip = fork(x)
+        y = times(scaled_gelu(x), self.beta)
         if self.shortcut is not None:
-            skip = self.shortcut(pooled(y, self.stride))
+            y, skip = fork(y)
+            skip = self.shortcut(pooled(skip, self.stride))
         y = self.conv1(scaled_gelu(self.conv0(y)))
         y = self.conv2(scaled_gelu(self.conv1b(scaled_gelu(y))))
-        y = y * self.excite(y).astype(y.dtype)
-        return skip + branch(y, self.skip_gain[...] * self.alpha, keep)
+        y, gated = fork(y)
+        y = gate(y, self.excite(gated))
+        return add(skip, branch(y, self.skip_gain[...] * self.alpha, keep))
 
 
 class NFNet(nnx.Module):
@@ -127,7 +138,7 @@ class NFNet(nnx.Module):
         for conv in self.stem[1:]:
             x = conv(scaled_gelu(x))
         x = through(self.blocks, x, self.drop, self.remat)
-        return scaled_gelu(self.final(x)).mean((1, 2))
+        return mean_over_positions(scaled_gelu(self.final(x)))
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Maps images float [batch, height, width, 3] to logits float32 [batch, num_classes]."""
@@ -140,6 +151,5 @@ def build(experiment, num_classes: int, rngs: nnx.Rngs) -> NFNet:
     It has no stochastic depth, like the NF-ResNets.
     """
     e = experiment
-    dtype = None if e.compute_dtype == "float32" else e.compute_dtype
     size = e.network.rpartition("-")[2].upper()
-    return NFNet(size, num_classes, width=e.width, remat=e.remat, dtype=dtype, rngs=rngs)
+    return NFNet(size, num_classes, width=e.width, remat=e.remat, dtype=dtype_of(e), rngs=rngs)

@@ -9,19 +9,21 @@ from collections.abc import Callable
 import jax
 from flax import nnx
 
-from dpnb.models.layers import Conv, Dtype
+from dpnb.gradients.views import add, fork
+from dpnb.models.layers import Conv, Dtype, GroupNorm, mean_over_positions, relu
+from dpnb.models.precision import dtype_of
 
 STAGES = ((16, 1), (32, 2), (64, 2))  # channels, to be multiplied by `width`, and stride
 
 
 def relu_then_norm(norm: Callable, x: jax.Array) -> jax.Array:
     """Applies ReLU, then the norm: the paper's order."""
-    return norm(nnx.relu(x))
+    return norm(relu(x))
 
 
 def norm_then_relu(norm: Callable, x: jax.Array) -> jax.Array:
     """Applies the norm, then ReLU: the classic order of pre-activation networks, for comparison."""
-    return nnx.relu(norm(x))
+    return relu(norm(x))
 
 
 class Block(nnx.Module):
@@ -40,9 +42,11 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [batch, h, w, cin] to [batch, h', w', cout]."""
-        skip = x if self.skip_conv is None else self.skip_conv(self.act(self.skip_norm, x))
+        x, skip = fork(x)
+        if self.skip_conv is not None:
+            skip = self.skip_conv(self.act(self.skip_norm, skip))
         y = self.conv1(self.act(self.norm1, x))
-        return self.conv2(self.act(self.norm2, y)) + skip
+        return add(self.conv2(self.act(self.norm2, y)), skip)
 
 
 class WideResNet(nnx.Module):
@@ -84,7 +88,7 @@ class WideResNet(nnx.Module):
             raise ValueError(f"depth must be 6 n + 4 (10, 16, 22, 28, 40 ...), got {depth}")
 
         def group_norm(features: int) -> nnx.Module:
-            return nnx.GroupNorm(features, groups, epsilon=1e-5, dtype=dtype, rngs=rngs)
+            return GroupNorm(features, groups, epsilon=1e-5, dtype=dtype, rngs=rngs)
 
         def conv(cin: int, cout: int, size: int, stride: int = 1) -> Conv:
             return Conv(cin, cout, size, stride=stride, standardised=standardised, dtype=dtype, rngs=rngs)
@@ -107,7 +111,7 @@ class WideResNet(nnx.Module):
         x = self.stem(images)
         for block in self.blocks:
             x = block(x)
-        return self.act(self.norm, x).mean((1, 2))
+        return mean_over_positions(self.act(self.norm, x))
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Maps images float [batch, height, width, 3] to logits float32 [batch, num_classes]."""
@@ -124,6 +128,6 @@ def build(experiment, num_classes: int, rngs: nnx.Rngs) -> WideResNet:
         norm=None if e.norm == "group" else lambda features: nnx.identity,
         standardised=e.standardised,
         act=relu_then_norm if e.relu_first else norm_then_relu,
-        dtype=None if e.compute_dtype == "float32" else e.compute_dtype,
+        dtype=dtype_of(e),
         rngs=rngs,
     )

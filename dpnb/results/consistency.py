@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from dpnb import experiments, privacy
 from dpnb.experiments import Experiment, imagenet
+from dpnb.experiments.experiment import DTYPES
 from dpnb.privacy import Ledger, LedgerError
 from dpnb.privacy.accounting import ALWAYS_RECORDED
 
@@ -92,8 +93,11 @@ def cheap(record: Record) -> list[Check]:
 
 def _settings(record: Record, e: Experiment) -> Check:
     public = record.get("pretrained") or {}
+    ran = record.get("computed_in", e.compute_dtype)
+    known = set(ran.split(", then ")) <= set(DTYPES)
     return _same(
         "settings",
+        computed_in=(ran, ran if known and e.compute_dtype == "auto" else e.compute_dtype),
         experiment=(record["experiment"], e.name),
         preset=(record["preset"], e.preset),
         seed=(record["seed"], e.seed),

@@ -18,6 +18,7 @@ from dpnb.data.augment import plain
 from dpnb.data.dataset import padded_batches
 from dpnb.experiments import Experiment
 from dpnb.models import functional, weights
+from dpnb.models.precision import resolve
 from dpnb.models.registry import make_model
 from dpnb.results import release
 from dpnb.results.consistency import MALFORMED, Check, consistency, evaluated, experiment_of
@@ -31,7 +32,7 @@ LIMITS = (
     "whoever wrote the record says so, as of the raw loss, seconds, devices and versions"
 )
 # Rounding may decide if the true class wins or loses by less than this share of the largest logit.
-TIE = {"float32": 1e-3, "bfloat16": 1e-2}
+TIE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 1e-2}
 MOST_TIES = 0.01  # of all images: a network that gives all classes the same logit is not excused
 
 
@@ -145,8 +146,10 @@ def _fingerprint(fingerprint: str, recorded: str, private: pathlib.Path, note: s
 def _accuracy(record, experiment: Experiment, found: data.Dataset, file: pathlib.Path) -> list[Check]:
     arrays = load_file(file)
     test = features.prepare_test(experiment, found)
-    params, apply = functional(make_model(experiment, len(found.classes), initial_rngs(0)))
-    tie, batch_size = TIE[experiment.compute_dtype], even_batch_size(len(test))
+    dtype = record.get("computed_in", experiment.compute_dtype).rpartition(", then ")[2]
+    ran = experiment.replace(compute_dtype=resolve(dtype))
+    params, apply = functional(make_model(ran, len(found.classes), initial_rngs(0)))
+    tie, batch_size = TIE[ran.compute_dtype], even_batch_size(len(test))
     m = measure(apply, unflatten(arrays, params), test, found.recipe, tie, batch_size)
     n, ema, loss = len(test), record["accuracy"]["ema"], record["loss"]["ema"]
     within = max(1, min(m.ties, int(MOST_TIES * n)))

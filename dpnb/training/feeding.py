@@ -38,14 +38,16 @@ class Feed(Protocol):
 class InMemoryBatches:
     """Keeps the whole split on every device; a batch is indices into it.
 
-    images: uint8 [n, h, w, c] (or float32 features); labels: int32 [n].
+    images: uint8 [n, h * w * c] (or float32 features), an image in a row, since compilers for TPUs copy arrays of
+    more axes to another layout in every call; labels: int32 [n].
     """
 
     resident = True
 
     def __init__(self, split, mesh: Mesh):
         self.mesh = mesh
-        self.images, self.labels = (put(x, replicated(mesh)) for x in (split.images, split.labels))
+        rows = split.images.reshape(len(split.images), -1)
+        self.images, self.labels = (put(x, replicated(mesh)) for x in (rows, split.labels))
 
     def batches(self, sampler: sampling.Sampler, step: int, size: int) -> Iterator[tuple]:
         """See `Feed.batches`."""

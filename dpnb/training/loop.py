@@ -42,7 +42,8 @@ class Run:
     steps: number of updates made.
     seconds: wall time of training, evaluation and compilation included, summed over the processes that
       continued the run one after another.
-    devices: what made the updates, in words; several, if the run was continued elsewhere.
+    devices, computed_in: what made the updates, in words, and the dtype of the network; several, if the run was
+      continued elsewhere.
     """
 
     experiment: Experiment
@@ -55,6 +56,7 @@ class Run:
     steps: int
     seconds: float
     devices: str
+    computed_in: str
     public: dict[str, str] | None  # the weights that it started from, see `dpnb.models.weights.provenance`
     stopped: str  # why the run ended before its last step; "" if it did not
 
@@ -148,6 +150,7 @@ def _finish(session: Session, stopped: str, events: list[dict[str, Any]]) -> Run
         steps=int(state.step),
         seconds=session.seconds + (time.monotonic() - session.began if went_on else 0.0),
         devices=", then ".join(session.hardware) or hardware(session.devices),
+        computed_in=", then ".join(session.computed_in) or session.compute_dtype,
         public=session.public,
         stopped=stopped,
     )

@@ -24,6 +24,7 @@ from dpnb.data import Dataset
 from dpnb.experiments import Experiment
 from dpnb.files import private_folder
 from dpnb.models import check_deterministic, check_independent, weights
+from dpnb.models.precision import resolve
 from dpnb.models.registry import make_model
 from dpnb.privacy import Ledger, derived_seed
 from dpnb.training import features
@@ -49,11 +50,13 @@ class Session:
     """A run that is ready to continue from `state`; made by `prepare`, driven by `dpnb.training.loop.train`.
 
     payer: makes updates, and charges the ledger for each before any of it is seen.
+    compute_dtype: of the network here, see `dpnb.models.precision`.
     settings: hash of what decides how the program rounds, see `dpnb.training.settings`.
     history: points of the curve so far.
     public: the weights that it started from, see `dpnb.models.weights.provenance`.
     seconds: wall time that earlier processes took.
-    hardware: what made the updates so far, one after another, each once (`dpnb.training.settings.hardware`).
+    hardware, computed_in: what made the updates so far, and in which dtype, one after another, each once
+      (`dpnb.training.settings.hardware`, `compute_dtype`).
     evaluated: (step, images) of the last evaluation, and what was found.
     """
 
@@ -64,11 +67,13 @@ class Session:
     payer: Payer
     checkpoints: Checkpoints
     settings: str
+    compute_dtype: str
     state: State
     history: list[dict[str, Any]]
     public: dict[str, str] | None
     seconds: float
     hardware: list[str]
+    computed_in: list[str]
     began: float  # when this process began, on `time.monotonic`
     evaluate_split: Callable[[Any, Any], Evaluation]  # (params, split)
     is_finite: Callable[[Any], bool]  # (params): their outputs for public inputs
@@ -85,8 +90,10 @@ class Session:
         old one and the metrics are None), or its outputs are not finite, and the caller drops the new state.
         """
         new, seen, stopped = self.payer.update(self.state)
-        if not stopped and (here := hardware(self.devices)) not in self.hardware:
-            self.hardware.append(here)
+        here = (self.hardware, hardware(self.devices)), (self.computed_in, self.compute_dtype)
+        for said, now in here if not stopped else ():
+            if now not in said:
+                said.append(now)
         if not stopped and not self.is_finite(new.params):
             stopped = f"update {int(new.step)} left parameters whose outputs are not finite; {REMEDY}"
         return new, seen, stopped
@@ -112,7 +119,7 @@ class Session:
         """Writes a checkpoint, except at update 0, where there is nothing to keep."""
         if int(self.state.step):
             notes = {"history": self.history, "stream": self.payer.stream, "settings": self.settings}
-            notes["hardware"] = self.hardware
+            notes |= {"hardware": self.hardware, "computed_in": self.computed_in}
             notes["seconds"] = self.seconds + time.monotonic() - self.began
             self.checkpoints.save(self.state, notes)
 
@@ -157,7 +164,8 @@ def prepare(
         fingerprint, seed, label = _identify(experiment, data, folder, model, optimizer, public)
         if model is None:
             rngs = initial_rngs(derived_seed(seed, "initial parameters"))
-            model = make_model(experiment, len(data.classes), rngs)
+            dtype = resolve(experiment.compute_dtype, devices[0])
+            model = make_model(experiment.replace(compute_dtype=dtype), len(data.classes), rngs)
             check_outputs(model, data)
         if weights.provenance(experiment.pretrained) != public:
             raise ValueError(f"{experiment.pretrained} changed while it was read; start again")
@@ -187,11 +195,13 @@ def prepare(
             payer=Payer(ledger, trainer, mechanism, seed, stream),
             checkpoints=checkpoints,
             settings=settings,
+            compute_dtype=trainer.compute_dtype,
             state=state,
             history=notes.get("history", []),
             public=public,
             seconds=notes.get("seconds", 0.0),
             hardware=notes.get("hardware", []),
+            computed_in=notes.get("computed_in", []),
             began=began,
             evaluate_split=evaluate,
             is_finite=make_is_finite(trainer, data),

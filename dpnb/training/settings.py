@@ -14,6 +14,7 @@ import optax
 
 from dpnb.data import Dataset, Photographs
 from dpnb.experiments import Experiment
+from dpnb.models.precision import resolve
 from dpnb.training.devices import memory_limit, per_device_batch_size
 from dpnb.training.identity import code
 
@@ -37,6 +38,7 @@ def settings_of(experiment: Experiment, data: Dataset, devices: list[jax.Device]
     found = {name: getattr(experiment, name) for name in ("form", "remat", "shard")}
     found |= {
         "call": per_device_batch_size(experiment),
+        "compute_dtype": resolve(experiment.compute_dtype, devices[0]),
         "memory": memory_limit(devices),
         "processes": jax.process_count(),
     }

@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from dpnb.data import Dataset, Recipe, augment
 from dpnb.experiments import Experiment
 from dpnb.gradients import ClippedGrad, choose_form, clipped_grad, formulation_in_force
 from dpnb.models import functional, structure
+from dpnb.models.precision import resolve
 from dpnb.models.registry import make_model
 from dpnb.privacy import sampling
 from dpnb.privacy.noise import GridNoise, grid_bits
@@ -43,7 +44,8 @@ class Trainer:
     apply: Callable[[PyTree, jax.Array], jax.Array]
     grad: ClippedGrad
     form: str  # of the gradient, and why, in words
-    mesh: jax.sharding.Mesh
+    compute_dtype: str  # of the network, see `dpnb.models.precision`
+    mesh: Mesh
     places: State  # a sharding for each array of the state
     state: State  # before the first update
     feed: Feed  # of the training images; it borrows the sampler
@@ -90,30 +92,15 @@ def make_trainer(
       ValueError: noise_multiplier is None (0 means no noise), or there is noise but clip_norm is infinite.
     """
     check_noise(experiment)
+    sigma = experiment.noise_multiplier
     n, devices = len(data.train), devices or jax.devices()
-    mesh = jax.sharding.Mesh(np.array(devices), (AXIS,))
-    model = make_model(experiment, len(data.classes), initial_rngs(seed)) if model is None else model
+    mesh = Mesh(np.array(devices), (AXIS,))
+    ran = experiment.replace(compute_dtype=resolve(experiment.compute_dtype, devices[0]))
+    model = make_model(ran, len(data.classes), initial_rngs(seed)) if model is None else model
     params, apply = functional(model)
     optimizer = optimizer or make_optimizer(experiment)
-    rescale = math.isfinite(experiment.clip_norm)
-    sigma, bits = experiment.noise_multiplier, None
-    if sigma:
-        bits = grid_bits(sigma, experiment.expected_batch_size)
     physical = physical_batch_size or per_device_batch_size(experiment)
-    micro = examples_per_microbatch(experiment.augmult)
-    split = devices[0].platform == "cpu" and physical % micro == 0 and not experiment.on_features
-    form, why = choose_form(params, physical, memory_limit(devices))
-    if experiment.form != "auto":
-        form, why = experiment.form, "asked for"
-    grad = clipped_grad(
-        make_loss(apply),
-        experiment.clip_norm,
-        rescale_to_unit_norm=rescale,
-        has_aux=True,
-        microbatch_size=micro if split else None,
-        form=form,
-        grid_bits=bits,
-    )
+    grad, form = make_gradient(ran, apply, params, mesh, physical, memory_limit(devices))
     if experiment.sampler == "poisson":
         sampler = sampling.PoissonSampler(n, experiment.expected_batch_size / n, seed)
     else:
@@ -122,18 +109,20 @@ def make_trainer(
     state = State(zero, params, params, optimizer.init(params), root_key(seed))
     places = state_shardings(state, mesh, experiment.shard)._replace(key=replicated(mesh))
     feed = make_feed(data, experiment.augmult, mesh)
-    accumulate = make_accumulate(grad, experiment.augmult, mesh, data.recipe, feed.resident)
+    shape = data.shape if feed.resident else None
+    accumulate = make_accumulate(grad, experiment.augmult, mesh, data.recipe, shape)
     network = structure(model) if programs is not None else None
     if network is not None:  # these decide the program; the loss follows from the network
         terms = network, dataclasses.replace(grad, loss=None), experiment.augmult, mesh, repr(data.recipe)
-        accumulate = programs.setdefault((*terms, feed.resident, formulation_in_force()), accumulate)
+        accumulate = programs.setdefault((*terms, shape, formulation_in_force()), accumulate)
     return Trainer(
         experiment=experiment,
         sampler=sampler,
-        noise=GridNoise(seed, sigma, bits, jax.eval_shape(lambda: params)) if sigma else None,
+        noise=GridNoise(seed, sigma, grad.grid_bits, jax.eval_shape(lambda: params)) if sigma else None,
         apply=apply,
         grad=grad,
-        form=f"{form} gradients ({why})",
+        form=form,
+        compute_dtype=ran.compute_dtype,
         mesh=mesh,
         places=places,
         state=jax.tree.map(put, state, places),
@@ -145,16 +134,49 @@ def make_trainer(
     )
 
 
+def make_gradient(
+    experiment: Experiment, apply: Callable, params: PyTree, mesh: Mesh, physical: int, memory: int
+) -> tuple[ClippedGrad, str]:
+    """Returns the clipped gradient of an experiment's loss, and its form and why, in words.
+
+    Args:
+      experiment: with a compute_dtype that is not "auto".
+      apply: `(params, inputs) -> logits`.
+      params: pytree of arrays or of their shapes.
+      mesh: of the devices that compute it; they need not be there.
+      physical: examples per device and call.
+      memory: bytes that a device has for arrays.
+    """
+    form, why = choose_form(params, physical, memory)
+    if experiment.form != "auto":
+        form, why = experiment.form, "asked for"
+    micro = examples_per_microbatch(experiment.augmult)
+    cpu = mesh.devices.flat[0].platform == "cpu"
+    split = cpu and physical % micro == 0 and not experiment.on_features
+    sigma = experiment.noise_multiplier
+    grad = clipped_grad(
+        make_loss(apply),
+        experiment.clip_norm,
+        rescale_to_unit_norm=math.isfinite(experiment.clip_norm),
+        has_aux=True,
+        microbatch_size=micro if split else None,
+        form=form,
+        grid_bits=grid_bits(sigma, experiment.expected_batch_size) if sigma else None,
+        loss_scaling=experiment.compute_dtype == "float16",
+    )
+    return grad, f"{form} gradients ({why})"
+
+
 def make_accumulate(
-    grad: ClippedGrad, augmult: int, mesh: jax.sharding.Mesh, recipe: Recipe, resident: bool
+    grad: ClippedGrad, augmult: int, mesh: Mesh, recipe: Recipe, shape: tuple[int, ...] | None
 ) -> Callable:
     """Returns the function of one physical batch: every device adds its clipped gradients to its partial sum.
 
     Args:
       augmult: number of views of each example.
       recipe: how images become inputs.
-      resident: whether images and labels are the whole data set, or those of the batch alone (see
-        `dpnb.training.feeding`).
+      shape: of one image, if images are those of the whole data set, one in a row (see `dpnb.training.feeding`);
+        None if images and labels are those of the batch alone.
     Returns:
       A function (params, totals, images, labels, indices, mask, key) -> `Accumulator`; totals are donated.
     """
@@ -162,8 +184,8 @@ def make_accumulate(
 
     def local(params, totals, images, labels, indices, mask, key):
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)  # by example, not by place
-        if resident:
-            images, labels = images[indices], labels[indices]
+        if shape is not None:
+            images, labels = images[indices].reshape(-1, *shape), labels[indices]
         readable = labels >= 0  # the gradient of an image that cannot be read is zero
         mine = jax.tree.map(lambda t: t[0], totals)
         examples = jax.vmap(make_views)(keys, images), jnp.maximum(labels, 0)
@@ -182,7 +204,7 @@ def make_accumulate(
         return jax.tree.map(lambda t: t[None], Accumulator(gradient, seen))
 
     one, split = PartitionSpec(), PartitionSpec(AXIS)
-    images = one if resident else split
+    images = split if shape is None else one
     sharded = jax.shard_map(
         local,
         mesh=mesh,
@@ -204,7 +226,8 @@ def make_update(experiment: Experiment, unit: float, optimizer, mesh, places: St
     """
 
     def update(state: State, totals: Accumulator, noise: PyTree) -> tuple[State, BatchMetrics]:
-        total, seen = jax.tree.map(lambda t: t.sum(0, dtype=t.dtype), totals)
+        total = jax.tree.map(lambda t: t.sum(0, dtype=t.dtype), totals.gradient)
+        seen = jax.tree.map(_sum_as_integers if noise is not None else jnp.sum, totals.seen)
         total = jax.lax.with_sharding_constraint(total, places.params)
         noisy = total if noise is None else jax.tree.map(jnp.add, total, noise)  # exact, modulo 2^32
         gradient = jax.tree.map(
@@ -221,7 +244,16 @@ def make_update(experiment: Experiment, unit: float, optimizer, mesh, places: St
     return jax.jit(update, out_shardings=(places, replicated(mesh)))
 
 
-def make_zero(params: PyTree, mesh: jax.sharding.Mesh, dtype) -> Callable[[], Accumulator]:
+def _sum_as_integers(x: jax.Array) -> jax.Array:
+    """Sums float32 [devices] as part of an all-reduce of integers, so that an update on many devices needs only one.
+
+    Every device puts the bits of its number in a place of its own.
+    """
+    bits = jnp.diag(jax.lax.bitcast_convert_type(x, jnp.int32)).sum(0, dtype=jnp.int32)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32).sum()
+
+
+def make_zero(params: PyTree, mesh: Mesh, dtype) -> Callable[[], Accumulator]:
     """Returns a function that makes zeros for one logical batch, a partial sum on every device."""
     devices = mesh.devices.size
 

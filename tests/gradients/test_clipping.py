@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ import optax
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
+from shared_runs import traced_for
 from tiny_networks import small_nf_resnet, small_nfnet, small_wide_resnet
 
 from dpnb.gradients import FORMULATIONS, clipped_grad, clipping, conv_general_dilated, formulation
@@ -107,7 +107,7 @@ def check_against_loop(params, loss, examples, *ways):
     for way in ways or [{}]:
         options = dict(way)
         backend_ = options.pop("backend", "cpu")
-        with mock.patch.object(jax, "default_backend", lambda: backend_):
+        with traced_for(backend_):
             got, info = jax.jit(clipped_grad(loss, clip_norm, **options))(params, examples)
         assert error(got, want) < TOLERANCE, way
         np.testing.assert_allclose(info.norms, norms, rtol=TOLERANCE, err_msg=str(way))
@@ -115,9 +115,9 @@ def check_against_loop(params, loss, examples, *ways):
 
 
 @pytest.fixture(params=["cpu", "gpu"])
-def backend(request, monkeypatch):
+def backend(request, trace_for):
     """Also what is traced for accelerators: other products, other sums, the same numbers."""
-    monkeypatch.setattr(jax, "default_backend", lambda: request.param)
+    trace_for(request.param)
 
 
 # 1. The same as a loop over examples.

@@ -133,10 +133,10 @@ def test_nested_vmap_and_scan(name, float64):
     assert error(got, jax.jit(lambda: grads(theirs))()) < TOLERANCE
 
 
-def test_the_batching_rule_of_other_backends(monkeypatch, float64):
+def test_the_batching_rule_of_other_backends(trace_for, float64):
     ours, theirs, x, w = setup("3x3")
     want = jax.jit(jax.vmap(jax.grad(functools.partial(loss, theirs)), (None, 0)))(w, x)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    trace_for("gpu")
     got = jax.vmap(jax.grad(functools.partial(loss, ours)), (None, 0))
     products = str(jax.make_jaxpr(got)(w, x)).count("dot_general[")
     assert products == 9, "sliced: one product for each kernel offset"
@@ -146,9 +146,9 @@ def test_the_batching_rule_of_other_backends(monkeypatch, float64):
 @pytest.mark.parametrize("backend, channels, stride, products", [
     ("gpu", 64, 1, 9), ("gpu", 64, 2, 1), ("gpu", 128, 1, 1), ("tpu", 128, 2, 9),
 ])  # fmt: skip
-def test_the_formulation_is_the_fastest_measured(monkeypatch, backend, channels, stride, products):
+def test_the_formulation_is_the_fastest_measured(trace_for, backend, channels, stride, products):
     """On an H100, see docs/performance.md: "im2col" is one product, "sliced" nine; TPUs were not measured."""
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    trace_for(backend)
 
     def f(w, x):
         layout = ("NHWC", "HWIO", "NHWC")
@@ -161,8 +161,8 @@ def test_the_formulation_is_the_fastest_measured(monkeypatch, backend, channels,
 
 
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
-def test_per_example_is_vmap(backend, monkeypatch, float64):
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+def test_per_example_is_vmap(backend, trace_for, float64):
+    trace_for(backend)
     a, b, c = arrays((3, 2, 4), (4,), (3, 2))
     tree = {"a": a, "b": b}
 

@@ -152,9 +152,9 @@ def plain_standardise(kernel, gain):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
-def test_standardise_and_its_gradient(backend, float64, monkeypatch):
+def test_standardise_and_its_gradient(backend, float64, trace_for):
     """Alone, per example, and for an ensemble of kernels; with a channel below the floor."""
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    trace_for(backend)
     rng = np.random.default_rng(0)
     kernels = jnp.asarray(rng.standard_normal((2, 3, 3, 4, 5))).at[..., 1].multiply(1e-4)
     gain, cotangents = jnp.asarray(rng.standard_normal(5)), rng.standard_normal((3, 3, 3, 4, 5))
