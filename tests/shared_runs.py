@@ -62,10 +62,11 @@ def environment() -> dict[str, str]:
 
 
 def traced_for(platform: str):
-    """A context in which programs are traced as for devices of this platform; they still run on CPU."""
+    """A context in which programs are traced as for "PLATFORM" or "PLATFORM: KIND"; they still run on CPU."""
     import jax
 
-    device = jax.sharding.AbstractDevice(platform, None, platform)
+    name, _, kind = platform.partition(": ")
+    device = jax.sharding.AbstractDevice(kind or name, None, name)
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
 
 

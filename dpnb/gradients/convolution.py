@@ -13,9 +13,11 @@ The fastest formulation depends on backend and shape, so it can be chosen:
 ``sliced``           for each kernel offset, one batched matrix product over examples
 ``im2col``           all offsets side by side, a single batched matrix product
 ``grouped``          one grouped convolution, as JAX does without this module
-``auto``             by shape, on CPU as measured by benchmarks/clipped_gradient.py, on
-                     GPU by benchmarks/weight_gradients.py; elsewhere ``sliced``, which
-                     has not been measured there
+``grouped_im2col``   ``grouped``, but ``im2col`` for strides and for kernels of one pixel
+``auto``             by device and shape: as measured on CPU by benchmarks/clipped_gradient.py and
+                     on an H100 by benchmarks/weight_gradients.py; where nothing was measured, what
+                     benchmarks/compiled.py finds best: ``grouped`` on TPU, ``grouped_im2col`` on
+                     GPUs before Ampere
 ===================  =============================================================
 
 Reverse-over-reverse differentiation is not supported (the gradient of a gradient).
@@ -32,9 +34,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dpnb.gradients.platform import platform
+from dpnb.gradients.platform import computes_bfloat16, device, platform
+from dpnb.gradients.views import wide
 
-FORMULATIONS = ("auto", "unrolled", "unrolled_im2col", "sliced", "im2col", "grouped")
+FORMULATIONS = ("auto", "unrolled", "unrolled_im2col", "sliced", "im2col", "grouped", "grouped_im2col")
 _formulation = "auto"
 Padding = tuple[tuple[int, int], ...]
 Shape = tuple[int, ...]
@@ -133,16 +136,53 @@ def _one(x: jax.Array, g: jax.Array, w_shape: Shape, spec: Spec) -> jax.Array:
     return d
 
 
-def _choose(x_shape: Shape, g_shape: Shape, w_shape: Shape, spec: Spec) -> str:
-    """The formulation for this backend and shape."""
-    if _formulation != "auto":
-        return _formulation
+def _grouped(x: jax.Array, g: jax.Array, w_shape: Shape, spec: Spec) -> jax.Array:
+    """The weight gradients of the examples as one grouped convolution.
+
+    Compilers may give all groups one kernel with zeros between them (XLA:CPU does), and zero times NaN would take the
+    NaN of one example to all others. What is not finite is therefore left out, and the gradient of its example is
+    NaN. On TPUs groups are compiled as the batch dimensions of a matrix product are, which keeps them apart.
+    """
+    convolved = jax.vmap(lambda x, g: _one(x, g, w_shape, spec))
+    if platform() == "tpu":
+        return convolved(x, g)
+    x, whole_x = _without_nan(x)
+    g, whole_g = _without_nan(g)
+    d = convolved(x, g)
+    return jnp.where(jnp.expand_dims(whole_x & whole_g, tuple(range(1, d.ndim))), d, jnp.full_like(d, jnp.nan))
+
+
+def _without_nan(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(x [examples, views, ...] with zeros for what is not finite, bool [examples]: whether there was nothing).
+
+    The sums that tell are those of the gradient of a bias, so that compilers make them once.
+    """
+    flat = x.reshape(-1, *x.shape[2:])  # as the layers around, see `dpnb.gradients.views`
+    clean = jnp.where(jnp.isfinite(flat), flat, jnp.zeros_like(flat)).reshape(x.shape)
+    sums = wide(flat).sum(tuple(range(1, flat.ndim - 1)))
+    return clean, jnp.isfinite(sums).all(1).reshape(x.shape[:2]).all(1)
+
+
+def _choose(g_shape: Shape, w_shape: Shape, spec: Spec) -> str:
+    """The formulation for this device and shape, one that is the same for all shapes."""
+    how = _formulation if _formulation != "auto" else _automatic(g_shape, w_shape, spec)
+    if how == "grouped_im2col":
+        pixel = math.prod(w_shape[:-2]) == 1
+        return "im2col" if pixel or max(spec.strides) > 1 else "grouped"
+    return how
+
+
+def _automatic(g_shape: Shape, w_shape: Shape, spec: Spec) -> str:
+    """The fastest formulation that is known for this device and shape."""
+    if platform() == "tpu":
+        return "grouped"
     positions = math.prod(g_shape[1:-1])  # views x height x width of one example
     if platform() == "cpu":
         small = positions <= 64 or (max(spec.strides) > 1 and positions <= 256)
         return "unrolled_im2col" if small and spec.groups == 1 else "unrolled"
-    wide = w_shape[-2] >= 128 or max(spec.strides) > 1
-    return "im2col" if wide and platform() == "gpu" else "sliced"
+    if not computes_bfloat16(device()):
+        return "grouped_im2col"
+    return "im2col" if w_shape[-2] >= 128 or max(spec.strides) > 1 else "sliced"
 
 
 @functools.cache
@@ -158,14 +198,14 @@ def _weight_grad(w_shape: Shape, spec: Spec) -> Callable[[jax.Array, jax.Array],
         # A cotangent (or input) may be unbatched; it is then the same for all examples.
         x = x if in_batched[0] else jnp.broadcast_to(x, (axis_size, *x.shape))
         g = g if in_batched[1] else jnp.broadcast_to(g, (axis_size, *g.shape))
-        how = _choose(x.shape, g.shape, w_shape, spec)
+        how = _choose(g.shape, w_shape, spec)
         if how == "unrolled":
             d = jnp.stack([_one(x[b], g[b], w_shape, spec) for b in range(axis_size)])
         elif how == "unrolled_im2col":
             parts = [_products(x[b : b + 1], g[b : b + 1], w_shape, spec, True) for b in range(axis_size)]
             d = jnp.concatenate(parts)
         elif how == "grouped":
-            d = jax.vmap(lambda x, g: _one(x, g, w_shape, spec))(x, g)
+            d = _grouped(x, g, w_shape, spec)
         else:
             d = _products(x, g, w_shape, spec, im2col=how == "im2col")
         return d, True

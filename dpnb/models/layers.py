@@ -1,7 +1,5 @@
 """Layers that are not as Flax has them: a convolution with weight standardisation, and group norm."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -28,20 +26,37 @@ def standardise(kernel: jax.Array, gain: jax.Array, epsilon: float = 1e-4) -> ja
 
 
 def _formula(epsilon, kernel, gain):
+    centred, _, inverse = _statistics(epsilon, kernel)
+    return centred * _over_channels(gain * inverse, kernel)
+
+
+def _statistics(epsilon, kernel):
+    """(kernel less its means; of each channel, whether it is above the floor, and 1 / sqrt(variance * fan_in))."""
     axes = tuple(range(kernel.ndim - 1))
-    fan_in = kernel.size // kernel.shape[-1]
     centred = kernel - kernel.mean(axes, keepdims=True)
-    variance = jnp.square(centred).mean(axes)
-    scale = gain * jax.lax.rsqrt(jnp.maximum(variance * fan_in, epsilon))
-    return centred * jnp.expand_dims(scale, axes)
+    square = jnp.square(centred).sum(axes)
+    return centred, square > epsilon, jax.lax.rsqrt(jnp.maximum(square, epsilon))
+
+
+def _over_channels(x, kernel):
+    """Returns [features_out] in as many dimensions as the kernel has."""
+    return jnp.expand_dims(x, tuple(range(kernel.ndim - 1)))
 
 
 _standardise = jax.custom_vjp(_formula, nondiff_argnums=(0,))
 
 
 def _backward(epsilon, residuals, cotangent):
+    """Two sums per channel of the cotangent, then one pass; compilers repeat that rather than store its result."""
+
     def vjp(kernel, gain, cotangent):
-        return jax.vjp(functools.partial(_formula, epsilon), kernel, gain)[1](cotangent)
+        centred, above, inverse = _statistics(epsilon, kernel)
+        axes = tuple(range(kernel.ndim - 1))
+        mean, product = cotangent.mean(axes), (cotangent * centred).sum(axes)
+        slope = gain * inverse
+        tilt = jnp.where(above, slope * jnp.square(inverse) * product, 0)
+        slope, tilt, shift = (_over_channels(x, kernel) for x in (slope, tilt, slope * mean))
+        return cotangent * slope - centred * tilt - shift, product * inverse
 
     return per_example(vjp)(*residuals, cotangent)
 

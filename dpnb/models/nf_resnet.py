@@ -103,10 +103,11 @@ class Bottleneck(nnx.Module):
 
         `keep` [batch] is 0 for examples whose residual branch is dropped (stochastic depth), else 1.
         """
-        x, skip = fork(x)
-        y = times(scaled_relu(x), self.beta)
-        if self.shortcut is not None:
-            y, skip = fork(y)
+        if self.shortcut is None:
+            x, skip = fork(x)
+            y = times(scaled_relu(x), self.beta)
+        else:
+            y, skip = fork(times(scaled_relu(x), self.beta))
             skip = self.shortcut(pooled(skip, self.pool))
         y = self.conv2(scaled_relu(self.conv1(scaled_relu(self.conv0(y)))))
         return add(skip, branch(y, self.skip_gain[...] * self.alpha, keep))

@@ -71,10 +71,11 @@ class NFBlock(nnx.Module):
 
         `keep` [batch] is 0 for examples whose residual branch is dropped (stochastic depth), else 1.
         """
-        x, skip = fork(x)
-        y = times(scaled_gelu(x), self.beta)
-        if self.shortcut is not None:
-            y, skip = fork(y)
+        if self.shortcut is None:
+            x, skip = fork(x)
+            y = times(scaled_gelu(x), self.beta)
+        else:
+            y, skip = fork(times(scaled_gelu(x), self.beta))
             skip = self.shortcut(pooled(skip, self.stride))
         y = self.conv1(scaled_gelu(self.conv0(y)))
         y = self.conv2(scaled_gelu(self.conv1b(scaled_gelu(y))))

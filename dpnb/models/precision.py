@@ -2,6 +2,9 @@
 
 import jax
 
+from dpnb.gradients.platform import computes_bfloat16
+from dpnb.gradients.platform import device as default_device
+
 
 def resolve(compute_dtype: str, device: jax.Device | None = None) -> str:
     """Returns the dtype that an experiment's `compute_dtype` means on a device.
@@ -14,11 +17,10 @@ def resolve(compute_dtype: str, device: jax.Device | None = None) -> str:
     """
     if compute_dtype != "auto":
         return compute_dtype
-    device = device or jax.devices()[0]
-    if device.platform != "gpu":
-        return "bfloat16" if device.platform == "tpu" else "float32"
-    major = str(getattr(device, "compute_capability", "")).partition(".")[0]
-    return "float16" if major.isdigit() and int(major) < 8 else "bfloat16"
+    device = device or default_device()
+    if computes_bfloat16(device):
+        return "bfloat16"
+    return "float16" if device.platform == "gpu" else "float32"
 
 
 def dtype_of(experiment) -> str | None:

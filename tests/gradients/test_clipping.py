@@ -428,6 +428,56 @@ def test_half_precision_computation_keeps_float32_sums(backend):
     assert 0 < error(total, want) < 0.03
 
 
+# Loss scaling.
+
+
+@pytest.mark.parametrize("form", ["materialised", "two-pass"])
+def test_scaling_by_powers_of_two_changes_no_bit_in_float32(form):
+    params, x = jnp.ones((5, 3)), jnp.asarray(np.random.default_rng(0).standard_normal((4, 2, 3)), jnp.float32)
+    loss = lambda p, x: jnp.square(x @ p.T).sum(-1)
+    plain, scaled = (jax.jit(clipped_grad(loss, 1.0, form=form, loss_scaling=s))(params, x) for s in (False, True))
+    jax.tree.map(np.testing.assert_array_equal, plain, scaled)
+
+
+def half(p, x):
+    """A product in float16, and its gradient."""
+    return (x.astype(jnp.float16) @ p.astype(jnp.float16)).astype(jnp.float32)
+
+
+@pytest.mark.parametrize("form", ["materialised", "two-pass"])
+def test_small_gradients_survive_float16(form):
+    """Gradients of 1e-9, of which float16 keeps nothing; an example at a time, whatever the others' losses are."""
+    params, x = jnp.array([1.0, 2.0]), jnp.array([[1e-3, 2e-3], [100.0, 50.0]])
+    loss = lambda p, x: 1e-6 * half(p, x)
+    exact = clipped_grad(lambda p, x: 1e-6 * x @ p, 1e-9, rescale_to_unit_norm=True)
+    want = np.stack([exact(params, x[i : i + 1])[0] for i in range(2)])
+
+    def each(**options):
+        grad = jax.jit(clipped_grad(loss, 1e-9, rescale_to_unit_norm=True, form=form, **options))
+        return np.stack([grad(params, x, jnp.arange(2) == i)[0] for i in range(2)])
+
+    np.testing.assert_allclose(each(loss_scaling=True), want, rtol=2e-3)
+    assert not each()[0].any()
+
+
+@pytest.mark.parametrize("loss", [0.0, 1e-30, 1e-4, 2.3, 1e4, 1e30, float("inf"), float("nan"), -5.0])
+def test_scales_are_powers_of_two_within_bounds(loss):
+    grad = clipped_grad(half, 1.0, loss_scaling=True)
+    mantissa, exponent = np.frexp(float(grad._scale(jnp.float32(loss))))
+    assert mantissa == 0.5 and 0 <= exponent - 1 <= 20
+    if 1e-3 < abs(loss) < 1000:
+        assert 2**10 <= abs(loss) * 2.0 ** (exponent - 1) < 2**11
+
+
+def test_an_example_that_overflows_float16_contributes_nothing(backend):
+    """The norm says so; the others are not touched."""
+    params, x = jnp.array([1.0, -1.0]), jnp.array([[1.0, 2.0], [6e4, 6e4], [3.0, 1.0]])
+    grad = jax.jit(clipped_grad(half, 1.0, loss_scaling=True))
+    total, info = grad(params, x)
+    assert jnp.isfinite(info.norms).tolist() == [True, False, True]
+    np.testing.assert_array_equal(total, grad(params, x, jnp.array([True, False, True]))[0])
+
+
 # Errors.
 
 

@@ -147,6 +147,7 @@ FORGERIES = {
     "end of the curve": lambda record: record["curve"][-1].update(step=5),
     "epsilon of the curve": lambda record: record["curve"][-1].update(epsilon=1.0),
     "no ledger": setting("ledger", []),
+    "computed in": setting("computed_in", "float16"),
     "no such network": setting("hyper_parameters", "network", "vit"),
     "no privacy block": lambda record: record.pop("privacy") and record.update(privacy={"delta": 1e-4}),
 }  # fmt: skip
