@@ -8,7 +8,7 @@ WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 
 CONSTRAINTS := --constraint constraints.txt
 
-.PHONY: demo test test-fast test-newest lab lint constraints clean
+.PHONY: demo test test-fast test-newest lab lint compiled constraints clean
 
 # The main job on an embedded data set, at three budgets: no download, about a minute after installation.
 demo: $(VENV)/.demo
@@ -36,6 +36,15 @@ test-newest:
 	rm -rf .venv-newest
 	$(MAKE) test VENV=.venv-newest CONSTRAINTS=
 
+# What accelerators would be given, compiled without one. The compilers (4.5 GB) have a folder of their own.
+compiled: $(VENV)/.test .compilers/.installed
+	$(BIN)/python benchmarks/compiled.py
+
+.compilers/.installed: constraints.txt | $(VENV)/.test
+	$(BIN)/python -m pip install -q --no-deps --upgrade --target .compilers \
+		$$($(BIN)/python benchmarks/compiled.py --requirements)
+	touch $@
+
 lab: $(VENV)/.lab
 	$(BIN)/jupyter lab $(LAB_OPTIONS) notebooks
 
@@ -61,4 +70,4 @@ $(VENV)/.lab: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@ $(VENV)/.demo
 
 clean:
-	rm -rf $(VENV) .venv-newest build dist *.egg-info
+	rm -rf $(VENV) .venv-newest .compilers build dist *.egg-info

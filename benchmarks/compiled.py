@@ -15,10 +15,7 @@ devices that they are meant for. The last line is machine-readable; it takes the
 
 import argparse
 import dataclasses
-import json
 import pathlib
-import re
-import sys
 import time
 
 from hlo import Program
@@ -43,11 +40,11 @@ class Compiled:
 
 
 def compiled(jitted, *args) -> Compiled:
-    from dpnb.training import cost
+    from dpnb.training.devices import memory_of
 
     began = time.monotonic()
     made = jitted.lower(*args).compile()
-    return Compiled(Program(made.as_text()), cost.memory_of(made), time.monotonic() - began)
+    return Compiled(Program(made.as_text()), memory_of(made), time.monotonic() - began)
 
 
 class Cell:
@@ -116,7 +113,6 @@ class Cell:
 
     def accumulate(self, examples: int, how: str = "auto") -> Compiled:
         """One physical batch, `examples` on every device."""
-        from dpnb.gradients import formulation
         from dpnb.training.sharding import batch_sharding, replicated
         from dpnb.training.update import make_accumulate, make_gradient
 
@@ -130,12 +126,11 @@ class Cell:
         if shape:
             images = self.array((self.images, side * side * 3), "uint8", whole)
             labels = self.array((self.images,), "int32", whole)
-        run = make_accumulate(grad, e.augmult, self.mesh, self.recipe, shape)
+        run = make_accumulate(grad, e.augmult, self.mesh, self.recipe, shape, how)
         indices, mask = self.array((n,), "int32", split), self.array((n,), "bool", split)
         key = self.array((2,), "uint32", whole)
-        with formulation(how):
-            args = self.like(self.params, whole), self.totals(), images, labels, indices, mask, key
-            return compiled(run, *args)
+        params = self.like(self.params, whole)
+        return compiled(run, params, self.totals(), images, labels, indices, mask, key)
 
     def update(self) -> Compiled:
         """All-reduce, noise, optimizer and EMA."""
@@ -177,7 +172,9 @@ def main_table(target: str, formulations: list[str], say) -> dict[str, float]:
     examples = EXAMPLES[target]
     cell = Cell(experiments.get(NAME, augmult=VIEWS), TARGETS[target])
     views, f32 = examples * VIEWS, "f32"
-    say(f"{TARGETS[target].name}, {cell.experiment.compute_dtype}, {examples} examples x {VIEWS} views a call")
+    say(
+        f"{TARGETS[target].name}, {cell.experiment.compute_dtype}, {examples} examples x {VIEWS} views a call"
+    )
 
     def row(name, made, ratio=None):
         times = f"{ratio:5.2f}" if ratio else " " * 5
@@ -226,7 +223,9 @@ def fits(preset: str, targets: list[str], say) -> None:
 
     for name in networks(preset).values():
         e = experiments.get(name, preset)
-        classes = {"cifar10": 10, "cifar100": 100, "tiny_imagenet32": 200, "places365_small": 365}.get(e.dataset, 1000)
+        classes = {"cifar10": 10, "cifar100": 100, "tiny_imagenet32": 200, "places365_small": 365}.get(
+            e.dataset, 1000
+        )
         for target in (t for t in MEANT_FOR[preset] if t in targets):
             try:
                 text = room(Cell(e, TARGETS[target], classes), e, target)
@@ -258,10 +257,14 @@ def room(cell: Cell, experiment, target: str) -> str:
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--compilers", type=pathlib.Path, default=FOLDER, help="folder of the wheels (default: %(default)s)")
+    parser.add_argument(
+        "--compilers", type=pathlib.Path, default=FOLDER, help="folder of the wheels (default: %(default)s)"
+    )
     parser.add_argument("--requirements", action="store_true", help="print the wheels, one a line, and stop")
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
-    parser.add_argument("--formulations", nargs="+", default=["auto", "sliced", "grouped", "grouped_im2col", "unrolled"])
+    parser.add_argument(
+        "--formulations", nargs="+", default=["auto", "sliced", "grouped", "grouped_im2col", "unrolled"]
+    )
     parser.add_argument("--no-fits", dest="fits", action="store_false", help="leave the second table out")
     args = parser.parse_args(argv)
     if args.requirements:
@@ -284,7 +287,16 @@ def main(argv=None) -> None:
         say(f"an update on {TARGETS['v5e-8'].name}: {', '.join(update.program.collectives())}")
     for preset in MEANT_FOR if args.fits else ():
         fits(preset, args.targets, say)
-    wanted = "v5e_mcycles", "v5e_ratio", "h100_mb", "h100_ratio", "a100_ratio", "t4_mb", "t4_ratio", "t4_f32_calls"
+    wanted = (
+        "v5e_mcycles",
+        "v5e_ratio",
+        "h100_mb",
+        "h100_ratio",
+        "a100_ratio",
+        "t4_mb",
+        "t4_ratio",
+        "t4_f32_calls",
+    )
     say(" ".join(f"{name}={found[name]:.4g}" for name in wanted if name in found))
 
 

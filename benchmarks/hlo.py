@@ -15,7 +15,16 @@ SIZES |= {"s64": 8, "u64": 8, "f64": 8}
 ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 LINE = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (.*)$")
 HEAD = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
-NO_KERNEL = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all", "iota", "partition-id"}
+NO_KERNEL = {
+    "parameter",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "constant",
+    "after-all",
+    "iota",
+    "partition-id",
+}
 READS_PART = {"slice", "dynamic-slice", "gather"}
 COLLECTIVE = re.compile(r"^(all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(-start)?$")
 
@@ -26,7 +35,9 @@ def size_of(shape: str) -> int:
     >>> size_of("(bf16[2,3]{1,0}, f32[])")
     16
     """
-    return sum(SIZES.get(t, 0) * math.prod(map(int, filter(None, d.split(",")))) for t, d in ARRAY.findall(shape))
+    return sum(
+        SIZES.get(t, 0) * math.prod(map(int, filter(None, d.split(",")))) for t, d in ARRAY.findall(shape)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +122,9 @@ class Program:
     def convolutions(self, dtype: str) -> int:
         """Returns the number of convolutions whose result or any operand has this dtype, `f32` for instance."""
         calls = [i for i in self.everything() if i.opcode == "convolution" or "__cudnn$conv" in i.attributes]
-        calls = [i for i in calls if re.search(r"dim_labels=\w*1", i.attributes)]  # of two dimensions or more; others are products
+        calls = [
+            i for i in calls if re.search(r"dim_labels=\w*1", i.attributes)
+        ]  # of two dimensions or more; others are products
         count = 0
         for call in calls:
             home = next(c for c in self.computations.values() if c.get(call.name) is call)

@@ -194,10 +194,12 @@ def run(todo: list[Experiment], data: Dataset, root: str | pathlib.Path, say=pri
         try:
             ready = features.prepare(e, data)
             size = costs[e].physical_batch_size if e in costs else e.physical_batch_size
+            chosen = costs[e].chosen if e in costs else None
             if e in costs:
                 say(f"    {budget(training.calibrate(e, len(data.train)), data)}; {costs[e].form}")
             place = directory(root, e)
-            trained = training.train(e.replace(physical_batch_size=size), ready, place, programs=programs)
+            ours = e.replace(physical_batch_size=size)
+            trained = training.train(ours, ready, place, programs=programs, chosen=chosen)
             done[e] = results.save(trained, ready, place)
             say(f"    EMA {done[e]['accuracy']['ema']:.2f} %, {trained.seconds / 60:.1f} minutes")
         except Exception as error:  # the other cells are still worth running

@@ -311,6 +311,6 @@ def _record(experiment) -> dict:
     run = Run(
         experiment=experiment, params={}, ema_params={}, history=[{"step": experiment.steps}], raw=evaluated, ema=evaluated,
         events=[{**vars(experiment.mechanism(50_000)), "steps": experiment.steps}], steps=experiment.steps, seconds=60.0,
-        devices="1 x cpu, jax 0", computed_in=dtype_of(experiment) or "float32", public=None, stopped="",
+        devices="1 x cpu, jax 0", computed_in=dtype_of(experiment) or "float32", public=None, choice=None, stopped="",
     )  # fmt: skip
     return results.record(run, data)

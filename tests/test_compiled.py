@@ -93,7 +93,11 @@ print(json.dumps({
 @pytest.mark.skipif(libtpu() is None, reason="libtpu is not here: `make compiled` installs it")
 def test_a_small_network_for_tpus():
     """No copy of the data set, no float32 convolution, examples as batch dimensions, one all-reduce an update."""
-    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": shared_runs.python_path(BENCHMARKS, shared_runs.ROOT)}
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "",
+        "PYTHONPATH": shared_runs.python_path(BENCHMARKS, shared_runs.ROOT),
+    }
     command = [sys.executable, "-c", SMALL, str(libtpu())]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]

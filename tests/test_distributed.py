@@ -16,7 +16,7 @@ from dpnb import results, training
 from dpnb.data import load
 from dpnb.data.stand_ins import write_folders
 from dpnb.training import make_trainer, one_update
-from dpnb.training.cost import memory_of
+from dpnb.training.devices import memory_of
 from dpnb.training.update import draw_noise
 
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("checked_once")]

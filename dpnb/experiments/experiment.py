@@ -17,6 +17,8 @@ from dpnb.privacy.mechanism import LARGEST_CLIP_NORM, SMALLEST_CLIP_NORM
 
 PRESETS = ("smoke", "teach", "colab", "paper")
 FORMS = ("auto", "materialised", "two-pass")  # of the clipped gradient, see `dpnb.gradients.clipping`
+# see `dpnb.gradients.convolution`
+FORMULATIONS = ("auto", "unrolled", "unrolled_im2col", "sliced", "im2col", "grouped", "grouped_im2col")
 SCHEDULES = ("constant", "cosine")
 DTYPES = ("float32", "bfloat16", "float16")  # in which a network computes
 
@@ -194,6 +196,13 @@ class Experiment:
         "auto",
         allowed=FORMS,
     )
+    formulation: str = _field(
+        "performance",
+        "of the weight gradients of convolutions, see `dpnb.gradients.convolution`; auto: by device",
+        "auto",
+        allowed=FORMULATIONS,
+        since=4,
+    )
     remat: bool = _field(
         "performance", "recompute residual blocks in the backward pass: less memory, more time", False
     )
@@ -300,7 +309,7 @@ def field_names(group: str) -> tuple[str, ...]:
     """The fields of one of `GROUPS`, in order.
 
     >>> field_names("performance")
-    ('physical_batch_size', 'form', 'remat', 'shard')
+    ('physical_batch_size', 'form', 'formulation', 'remat', 'shard')
     """
     return tuple(f.name for f in dataclasses.fields(Experiment) if f.metadata["group"] == group)
 

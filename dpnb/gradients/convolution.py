@@ -149,7 +149,9 @@ def _grouped(x: jax.Array, g: jax.Array, w_shape: Shape, spec: Spec) -> jax.Arra
     x, whole_x = _without_nan(x)
     g, whole_g = _without_nan(g)
     d = convolved(x, g)
-    return jnp.where(jnp.expand_dims(whole_x & whole_g, tuple(range(1, d.ndim))), d, jnp.full_like(d, jnp.nan))
+    return jnp.where(
+        jnp.expand_dims(whole_x & whole_g, tuple(range(1, d.ndim))), d, jnp.full_like(d, jnp.nan)
+    )
 
 
 def _without_nan(x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -16,7 +16,7 @@ RECORD, FULL_RECORD = "result.json", "full-result.json"
 # Items of a record that do not depend on the training data, or only through noisy parameters.
 KEPT = (
     "experiment", "preset", "privacy", "augmult", "clip_norm", "seed", "accuracy", "loss", "evaluated_on", "pretrained",
-    "paper", "devices", "computed_in", "machine", "versions", "git_revision", "stopped", "hyper_parameters", "ledger",
+    "paper", "devices", "computed_in", "choice", "machine", "versions", "git_revision", "stopped", "hyper_parameters", "ledger",
 )  # fmt: skip
 POINT = ("step", "epsilon", "raw_accuracy", "ema_accuracy")  # what is kept of a point of the curve
 LEFT_OUT = "(left out: shows training data, statistics of them without noise, or a figure)\n"

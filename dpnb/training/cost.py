@@ -1,4 +1,4 @@
-"""Predicts what a run will cost on this device before it starts, and finds the batch that fits."""
+"""Predicts what a run will cost on this device before it starts."""
 
 import dataclasses
 import time
@@ -9,10 +9,9 @@ import jax.numpy as jnp
 
 from dpnb.data import Dataset
 from dpnb.experiments import Experiment
-from dpnb.gradients import choose_form
-from dpnb.training.devices import free_memory, memory_limit, per_device_batch_size
-from dpnb.training.seeds import step_key
-from dpnb.training.update import Trainer, draw_noise, make_trainer
+from dpnb.training import choice
+from dpnb.training.devices import memory_of, per_device_batch_size
+from dpnb.training.update import draw_noise, make_trainer, masked_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +24,7 @@ class Cost:
     physical_batch_size: examples per device.
     form: of the clipped gradient, and why.
     programs: the compiled sum of gradients, for `dpnb.training.train`; empty if the model shares none.
+    chosen: how an accelerator computes, for `dpnb.training.train`, too; None on a CPU.
     """
 
     views: float
@@ -34,6 +34,7 @@ class Cost:
     physical_batch_size: int
     form: str = ""
     programs: dict[tuple, Callable] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    chosen: choice.Choice | None = None
 
     def __str__(self) -> str:
         return (
@@ -55,7 +56,8 @@ def predict(
 ) -> Cost:
     """Compiles one physical batch and one update, and times them on masked examples.
 
-    No privacy is spent: every example is masked, and the result is thrown away.
+    No privacy is spent: every example is masked, and the result is thrown away. On an accelerator it is measured first how
+    many examples go into a call (`dpnb.training.choice`).
 
     Args:
       experiment: calibrated, so that noise_multiplier and steps are known.
@@ -64,9 +66,13 @@ def predict(
       programs: see `dpnb.training.update.make_trainer`; by default an empty dict. They come with the result.
     """
     programs = {} if programs is None else programs
+    chosen = None
+    if choice.is_open(experiment, jax.devices()):
+        chosen = choice.measure(experiment, data, jax.devices(), programs=programs)
+        experiment = chosen.apply(experiment)
     trainer = make_trainer(experiment, data, seed=0, programs=programs)
-    size, state = physical_batch_size(trainer), trainer.state
-    args = _masked_batch(trainer, size)
+    size, state = per_device_batch_size(experiment), trainer.state
+    args = masked_batch(trainer, size)
     compiled = trainer.accumulate.lower(*args).compile()
 
     def timed(call):
@@ -92,6 +98,7 @@ def predict(
         size,
         trainer.form,
         programs,
+        chosen,
     )
 
 
@@ -104,50 +111,3 @@ def flops_per_view(trainer, data: Dataset) -> float:
 
     analysis = jax.jit(jax.grad(loss)).lower(trainer.state.params).cost_analysis()
     return float((analysis or {}).get("flops", float("nan")))
-
-
-def memory_of(compiled) -> int:
-    """Returns the bytes that one call holds on one device: arguments, results and temporaries."""
-    m = compiled.memory_analysis()
-    parts = m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes
-    return parts - m.alias_size_in_bytes
-
-
-def physical_batch_size(trainer: Trainer) -> int:
-    """Returns the examples per device and call: the experiment's choice, else what fits and is fast.
-
-    On CPU it is `per_device_batch_size` (benchmarks/clipped_gradient.py).  On accelerators it is the largest
-    power of two, up to 4096 views, whose footprint fits 60 % of the free memory and at which per-example
-    gradients can still be kept, if they are at a small size (`dpnb.gradients.clipping.choose_form`). The
-    footprint is extrapolated linearly from XLA's at two small sizes.
-    """
-    experiment, device = trainer.experiment, jax.devices()[0]
-    if experiment.physical_batch_size or device.platform == "cpu":
-        return per_device_batch_size(experiment)
-    limit = 0.6 * free_memory(device)
-    small, double = (_footprint(trainer, n) for n in (2, 4))
-    slope = max((double - small) / 2, 1)
-    memory = memory_limit(list(trainer.mesh.devices.flat))
-
-    def kept(n: int) -> bool:
-        form, _ = choose_form(trainer.state.params, n, memory)
-        return form == "materialised" or trainer.grad.form == "two-pass"
-
-    size = 2
-    while (
-        kept(2 * size)
-        and 2 * size * max(experiment.augmult, 1) <= 4096
-        and small + slope * (2 * size - 2) <= limit
-    ):
-        size *= 2
-    return size
-
-
-def _footprint(trainer: Trainer, size: int) -> int:
-    return memory_of(trainer.accumulate.lower(*_masked_batch(trainer, size)).compile())
-
-
-def _masked_batch(trainer: Trainer, size: int) -> tuple:
-    n = size * trainer.mesh.devices.size
-    key = step_key(trainer.state.key, trainer.state.step)
-    return trainer.state.params, trainer.zero(), *trainer.feed.blank(n), key

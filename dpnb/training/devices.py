@@ -22,6 +22,13 @@ def free_memory(device: jax.Device) -> int:
     return device_memory(device) - (device.memory_stats() or {}).get("bytes_in_use", 0)
 
 
+def memory_of(compiled) -> int:
+    """Returns the bytes that one call of a compiled program holds on one device: arguments, results, temporaries."""
+    m = compiled.memory_analysis()
+    parts = m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes
+    return parts - m.alias_size_in_bytes
+
+
 def examples_per_microbatch(augmult: int) -> int:
     """Returns the examples per microbatch: about eight views, the fastest on CPU in benchmarks/."""
     return max(1, 8 // max(augmult, 1))

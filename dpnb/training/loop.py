@@ -21,6 +21,7 @@ from flax import nnx
 
 from dpnb.data import Dataset
 from dpnb.experiments import Experiment
+from dpnb.training.choice import Choice
 from dpnb.training.curve import accuracies, curve_point
 from dpnb.training.evaluation import Evaluation
 from dpnb.training.hosts import broadcast_from_process_0, call_on_process_0
@@ -58,6 +59,9 @@ class Run:
     devices: str
     computed_in: str
     public: dict[str, str] | None  # the weights that it started from, see `dpnb.models.weights.provenance`
+    choice: (
+        dict[str, Any] | None
+    )  # how an accelerator computed, and what was measured for it, see `dpnb.training.choice`
     stopped: str  # why the run ended before its last step; "" if it did not
 
 
@@ -73,6 +77,7 @@ def train(
     stop_at_step: int | None = None,
     allowed_steps: int | None = None,
     programs: dict[tuple, Callable] | None = None,
+    chosen: Choice | None = None,
 ) -> Run:
     """Trains with DP-SGD, or continues where a killed run in `directory` stopped.
 
@@ -94,6 +99,8 @@ def train(
         if dp-accounting is not installed (noise_multiplier, steps and epsilon all given).
       programs: what `dpnb.training.cost.predict` or runs before compiled, see
         `dpnb.training.update.make_trainer`; it is checked like any other before anything is charged.
+      chosen: how an accelerator computes, if that was measured before (`dpnb.training.choice`); by default it is
+        measured when the run begins, and kept in `directory`.
     Raises:
       ValueError: bad hyper-parameters, or the directory holds another experiment's run.
       KeyError, OSError: the public weights are not available.
@@ -103,7 +110,12 @@ def train(
       LedgerError: the ledger is locked or damaged, or does not hold the last update of the checkpoint.
     """
     terms = dict(
-        model=model, optimizer=optimizer, devices=devices, allowed_steps=allowed_steps, programs=programs
+        model=model,
+        optimizer=optimizer,
+        devices=devices,
+        allowed_steps=allowed_steps,
+        programs=programs,
+        chosen=chosen,
     )
     with prepare(experiment, data, directory, **terms) as session:
         experiment, stopped, saved = session.experiment, "", time.monotonic()
@@ -152,5 +164,6 @@ def _finish(session: Session, stopped: str, events: list[dict[str, Any]]) -> Run
         devices=", then ".join(session.hardware) or hardware(session.devices),
         computed_in=", then ".join(session.computed_in) or session.compute_dtype,
         public=session.public,
+        choice=dataclasses.asdict(session.choice) if session.choice else None,
         stopped=stopped,
     )

@@ -1,7 +1,7 @@
 """Prepares a run for its first update: checks, seed, fingerprints, ledger, checkpoint, compiled pieces.
 
-Everything that can be refused is refused here. Nothing is charged, and no files are written but a secret seed
-and the lock of the ledger; damaged checkpoints are set aside.
+Everything that can be refused is refused here. Nothing is charged, and no files are written but a secret seed,
+the lock of the ledger, and on an accelerator what was chosen there; damaged checkpoints are set aside.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from dpnb.models import check_deterministic, check_independent, weights
 from dpnb.models.precision import resolve
 from dpnb.models.registry import make_model
 from dpnb.privacy import Ledger, derived_seed
-from dpnb.training import features
+from dpnb.training import choice, features
 from dpnb.training.checkpoints import Checkpoints
 from dpnb.training.checks import check_trainer
 from dpnb.training.curve import epsilon_spent
@@ -54,6 +54,7 @@ class Session:
     settings: hash of what decides how the program rounds, see `dpnb.training.settings`.
     history: points of the curve so far.
     public: the weights that it started from, see `dpnb.models.weights.provenance`.
+    choice: how an accelerator computes, and what was measured for it; None where there was nothing to choose.
     seconds: wall time that earlier processes took.
     hardware, computed_in: what made the updates so far, and in which dtype, one after another, each once
       (`dpnb.training.settings.hardware`, `compute_dtype`).
@@ -71,6 +72,7 @@ class Session:
     state: State
     history: list[dict[str, Any]]
     public: dict[str, str] | None
+    choice: choice.Choice | None
     seconds: float
     hardware: list[str]
     computed_in: list[str]
@@ -135,6 +137,7 @@ def prepare(
     devices: list[jax.Device] | None = None,
     allowed_steps: int | None = None,
     programs: dict[tuple, Callable] | None = None,
+    chosen: choice.Choice | None = None,
 ) -> Iterator[Session]:
     """Checks everything, opens ledger and checkpoints, and compiles; the ledger is locked within the block.
 
@@ -155,7 +158,10 @@ def prepare(
     budget = privacy.PrivacyBudget(experiment.epsilon, experiment.delta)
     allowed = {mechanism: allowed_steps} if allowed_steps else None
     devices = jax.devices() if devices is None else devices
-    settings = settings_of(experiment, data, devices)
+    programs = {} if programs is None else programs
+    chosen = choice.settle(experiment, data, folder, devices, chosen, model=model, programs=programs)
+    ran = chosen.apply(experiment) if chosen else experiment
+    settings = settings_of(ran, data, devices)
     # The ledger is locked from here on, and nothing is written to it. Those of other processes are not used.
     with open_ledger(
         journal, budget, experiment.accountant, allowed_steps=allowed, settings=settings
@@ -172,7 +178,7 @@ def prepare(
         check_deterministic(model, noise_images(data))
         check_independent(model, noise_images(data))
         own = dict(model=model, optimizer=optimizer, devices=devices)
-        trainer = make_trainer(experiment, data, seed=seed, **own, programs=programs)
+        trainer = make_trainer(ran, data, seed=seed, **own, programs=programs)
         report = check_trainer(trainer)
         report.raise_if_failed()
         if report.rounding:
@@ -199,6 +205,7 @@ def prepare(
             state=state,
             history=notes.get("history", []),
             public=public,
+            choice=chosen,
             seconds=notes.get("seconds", 0.0),
             hardware=notes.get("hardware", []),
             computed_in=notes.get("computed_in", []),

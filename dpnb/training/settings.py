@@ -35,7 +35,7 @@ def settings_of(experiment: Experiment, data: Dataset, devices: list[jax.Device]
     Like any such list it is incomplete, and it only avoids surprises: whether a repeated update is the same
     is decided by its bits (`dpnb.training.replay`).
     """
-    found = {name: getattr(experiment, name) for name in ("form", "remat", "shard")}
+    found = {name: getattr(experiment, name) for name in ("form", "formulation", "remat", "shard")}
     found |= {
         "call": per_device_batch_size(experiment),
         "compute_dtype": resolve(experiment.compute_dtype, devices[0]),

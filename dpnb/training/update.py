@@ -18,7 +18,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from dpnb.data import Dataset, Recipe, augment
 from dpnb.experiments import Experiment
-from dpnb.gradients import ClippedGrad, choose_form, clipped_grad, formulation_in_force
+from dpnb.gradients import ClippedGrad, choose_form, clipped_grad, formulation, formulation_in_force
 from dpnb.models import functional, structure
 from dpnb.models.precision import resolve
 from dpnb.models.registry import make_model
@@ -86,7 +86,7 @@ def make_trainer(
       physical_batch_size: examples per device and call; default `per_device_batch_size(experiment)`.
       programs: gets this trainer's `accumulate`, unless it holds that of a trainer that would compile the same
         program; this one then takes it over, traced and compiled as it is. Code that was changed in between is
-        not noticed, nor a formulation that is chosen when it is first called. Models with other arrays than
+        not noticed. Models with other arrays than
         parameters (running statistics, frozen layers) share none.
     Raises:
       ValueError: noise_multiplier is None (0 means no noise), or there is noise but clip_norm is infinite.
@@ -110,11 +110,12 @@ def make_trainer(
     places = state_shardings(state, mesh, experiment.shard)._replace(key=replicated(mesh))
     feed = make_feed(data, experiment.augmult, mesh)
     shape = data.shape if feed.resident else None
-    accumulate = make_accumulate(grad, experiment.augmult, mesh, data.recipe, shape)
+    how = experiment.formulation if experiment.formulation != "auto" else formulation_in_force()
+    accumulate = make_accumulate(grad, experiment.augmult, mesh, data.recipe, shape, how)
     network = structure(model) if programs is not None else None
     if network is not None:  # these decide the program; the loss follows from the network
         terms = network, dataclasses.replace(grad, loss=None), experiment.augmult, mesh, repr(data.recipe)
-        accumulate = programs.setdefault((*terms, shape, formulation_in_force()), accumulate)
+        accumulate = programs.setdefault((*terms, shape, how), accumulate)
     return Trainer(
         experiment=experiment,
         sampler=sampler,
@@ -168,7 +169,12 @@ def make_gradient(
 
 
 def make_accumulate(
-    grad: ClippedGrad, augmult: int, mesh: Mesh, recipe: Recipe, shape: tuple[int, ...] | None
+    grad: ClippedGrad,
+    augmult: int,
+    mesh: Mesh,
+    recipe: Recipe,
+    shape: tuple[int, ...] | None,
+    how: str = "auto",
 ) -> Callable:
     """Returns the function of one physical batch: every device adds its clipped gradients to its partial sum.
 
@@ -177,6 +183,7 @@ def make_accumulate(
       recipe: how images become inputs.
       shape: of one image, if images are those of the whole data set, one in a row (see `dpnb.training.feeding`);
         None if images and labels are those of the batch alone.
+      how: the formulation of weight gradients, see `dpnb.gradients.convolution`.
     Returns:
       A function (params, totals, images, labels, indices, mask, key) -> `Accumulator`; totals are donated.
     """
@@ -189,7 +196,8 @@ def make_accumulate(
         readable = labels >= 0  # the gradient of an image that cannot be read is zero
         mine = jax.tree.map(lambda t: t[0], totals)
         examples = jax.vmap(make_views)(keys, images), jnp.maximum(labels, 0)
-        gradient, info = grad(params, examples, mask & readable, mine.gradient)
+        with formulation(how):
+            gradient, info = grad(params, examples, mask & readable, mine.gradient)
         finite = jnp.isfinite(info.norms)
         new = BatchMetrics(
             examples=mask,
@@ -284,3 +292,9 @@ def one_update(trainer: Trainer, state: State) -> tuple[State, BatchMetrics]:
 def inputs(trainer: Trainer, state: State, totals: Accumulator, indices, mask, key) -> tuple:
     """Returns the arguments of `trainer.accumulate` for these examples of a data set in memory."""
     return state.params, totals, *trainer.feed.batch(indices, mask), key
+
+
+def masked_batch(trainer: Trainer, size: int) -> tuple:
+    """Returns the arguments of `trainer.accumulate` for `size` masked examples per device."""
+    key = step_key(trainer.state.key, trainer.state.step)
+    return trainer.state.params, trainer.zero(), *trainer.feed.blank(size * trainer.mesh.devices.size), key

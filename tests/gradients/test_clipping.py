@@ -433,9 +433,14 @@ def test_half_precision_computation_keeps_float32_sums(backend):
 
 @pytest.mark.parametrize("form", ["materialised", "two-pass"])
 def test_scaling_by_powers_of_two_changes_no_bit_in_float32(form):
-    params, x = jnp.ones((5, 3)), jnp.asarray(np.random.default_rng(0).standard_normal((4, 2, 3)), jnp.float32)
+    params, x = (
+        jnp.ones((5, 3)),
+        jnp.asarray(np.random.default_rng(0).standard_normal((4, 2, 3)), jnp.float32),
+    )
     loss = lambda p, x: jnp.square(x @ p.T).sum(-1)
-    plain, scaled = (jax.jit(clipped_grad(loss, 1.0, form=form, loss_scaling=s))(params, x) for s in (False, True))
+    plain, scaled = (
+        jax.jit(clipped_grad(loss, 1.0, form=form, loss_scaling=s))(params, x) for s in (False, True)
+    )
     jax.tree.map(np.testing.assert_array_equal, plain, scaled)
 
 

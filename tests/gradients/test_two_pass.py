@@ -24,7 +24,7 @@ from test_clipping import (
 )
 
 from dpnb.experiments import experiment
-from dpnb.gradients import FORMS, ClippedGrad, choose_form, clipped_grad
+from dpnb.gradients import FORMS, FORMULATIONS, ClippedGrad, choose_form, clipped_grad
 from dpnb.models import NFNet, NFResNet, functional
 from dpnb.models.layers import Conv
 
@@ -33,7 +33,7 @@ two_pass = functools.partial(clipped_grad, form="two-pass")
 
 
 def test_an_experiment_can_ask_for_every_form():
-    assert ("auto", *FORMS) == experiment.FORMS
+    assert ("auto", *FORMS) == experiment.FORMS and FORMULATIONS == experiment.FORMULATIONS
 
 
 both_forms = pytest.mark.parametrize("form", FORMS)

@@ -88,7 +88,12 @@ def arrays_with_two_axes_of_examples(jaxpr) -> list[str]:
     """What reads or makes an array [examples, views, height, width, channels], other than a change of shape."""
     found = []
     for equation in jaxpr.eqns:
-        inner = [p for p in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr"))]
+        inner = [
+            p
+            for p in jax.tree.leaves(
+                equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+            )
+        ]
         inner = [getattr(p, "jaxpr", p) for p in inner if hasattr(p, "eqns") or hasattr(p, "jaxpr")]
         for program in inner:
             found += arrays_with_two_axes_of_examples(program)

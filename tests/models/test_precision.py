@@ -41,7 +41,10 @@ def test_presets_for_accelerators_choose_by_device():
     for preset in ("colab", "paper"):
         assert experiments.get("cifar10/wrn-16-4/eps8", preset).compute_dtype == "auto"
         assert experiments.get("imagenet/scratch/nf-resnet-50/eps8", preset).compute_dtype == "auto"
-        assert experiments.get("cifar10/wrn-16-4/eps8", preset, compute_dtype="float32").compute_dtype == "float32"
+        assert (
+            experiments.get("cifar10/wrn-16-4/eps8", preset, compute_dtype="float32").compute_dtype
+            == "float32"
+        )
         assert experiments.get("cifar10/scatter-linear/eps3", preset).compute_dtype == "float32"
     assert experiments.get("cifar10/wrn-16-4/eps8", "teach").compute_dtype == "float32"
     assert dtype_of(experiments.get("cifar10/wrn-16-4/eps8")) is None  # on a CPU
