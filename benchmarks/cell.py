@@ -10,7 +10,6 @@ weights in the folder.
 
 import argparse
 import pathlib
-import signal
 import time
 
 from dpnb import experiments, results, training
@@ -30,27 +29,21 @@ def main(argv=None) -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE")
     args = parser.parse_args(argv)
 
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    if args.minutes:
-        signal.signal(signal.SIGALRM, stop)
-        signal.setitimer(signal.ITIMER_REAL, 60 * args.minutes)
     began = time.monotonic()
     e = experiments.get(args.name, args.preset, seed=args.seed, **changes(args.set))
     data = features.prepare(e, load(e.dataset, file=args.data_file))
     print(f"{e.name}: data after {time.monotonic() - began:.1f} s", flush=True)
-    try:
-        run = training.train(e, data, args.directory)
-    except KeyboardInterrupt:
-        print("stopped in time; the same command goes on", flush=True)
-        raise SystemExit(3) from None
+    deadline = began + 60 * args.minutes if args.minutes else None
+    run = training.train(e, data, args.directory, deadline=deadline)
     made = results.save(run, data, args.directory)
     print(
         f"{e.name}: raw {run.raw.accuracy:.2f} %, EMA {run.ema.accuracy:.2f} %, {run.seconds:.0f} s",
         flush=True,
     )
     print({k: v for k, v in made["privacy"].items() if k.startswith("epsilon")})
+    if run.stopped:
+        print(f"{run.stopped}, by the same command", flush=True)
+        raise SystemExit(3)
 
 
 if __name__ == "__main__":

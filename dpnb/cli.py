@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import sys
+import time
 import warnings
 from typing import Any
 
@@ -91,6 +92,10 @@ def main(arguments: list[str] | None = None) -> int:
     add.add_argument(
         "--secret-seed", action="store_true", help="draw it, keep it private: if data are not public"
     )
+    add.add_argument(
+        "--minutes", type=float, metavar="M",
+        help="stop in time, with a checkpoint; the same command goes on (exit status 3 if it has to)",
+    )  # fmt: skip
     add.add_argument("--out", type=pathlib.Path, help="directory (default runs/NAME/PRESET-seedSEED)")
     add.add_argument(
         "--data-dir",
@@ -235,7 +240,7 @@ def run_sweep(options) -> int:
         raise ValueError(
             "a sweep has published seeds, got --secret-seed; run one experiment at a time with it"
         )
-    asked = changes(options.set)
+    asked, end = changes(options.set), deadline(options)
     seeds = 1 if options.seeds is None else options.seeds
     plan = functools.partial(sweep.plan, options.name, options.preset, seeds)
     todo, root = plan(data_note=options.data_note, **asked), options.out or pathlib.Path("runs")
@@ -259,7 +264,7 @@ def run_sweep(options) -> int:
         validation=todo[0].validation, note=options.data_note,
     )  # fmt: skip
     dpnb.use_compilation_cache()
-    made = sweep.run(todo, loaded, root, say=functools.partial(print, flush=True))
+    made = sweep.run(todo, loaded, root, say=functools.partial(print, flush=True), deadline=end)
     frame = results.summary([e for e in todo if e.seed == todo[0].seed], made.records)
     print("\n" + results.tidy(frame.drop(columns=["first", "note"])).to_string(index=False))
     print(f"records: {root}")
@@ -271,7 +276,10 @@ def run_sweep(options) -> int:
             )
         else:
             print(f"figures: notebooks/{FIGURES[study]} with train = False")
-    return 1 if made.failures else 0
+    if made.failures:
+        return 1
+    left = len(made.records) < len(todo) or any(r["stopped"] for r in made.records)
+    return 3 if options.minutes and left else 0
 
 
 def run_study(options) -> int:
@@ -285,6 +293,7 @@ def run_study(options) -> int:
     sweep.plan(cells, options.preset, seeds, **asked)  # refuses before it starts
     notebook, root = notebook_of(STUDY_NOTEBOOKS[options.name]), options.out or pathlib.Path("runs")
     given = dict(pattern=cells, preset=options.preset, seeds=seeds, changes=asked, **data_parameters(options))
+    given["minutes"] = options.minutes
     given["output_dir"] = str(root.absolute())
     known = known_parameters(notebook)
     if unknown := [name for name in given if given[name] and name not in known]:
@@ -314,7 +323,7 @@ def run(options) -> int:
     out = options.out or sweep.directory("runs", e)
     parameters = dict(
         experiment=options.name, preset=options.preset, seed=seed, changes=asked, **data_parameters(options),
-        output_dir=str(out.absolute()),
+        output_dir=str(out.absolute()), minutes=options.minutes,
     )  # fmt: skip
     first, *rest = options.name.split("/")
     if first == "pretrain" and e.seed is None:
@@ -330,13 +339,22 @@ def run(options) -> int:
     released = e.seed is None and (out / "release").is_dir()  # not without a privacy claim
     folder = out / "release" if released else private
     record = folder / release.RECORD
-    print("\n" + results.row(json.loads(record.read_text())))
+    made = json.loads(record.read_text())
+    print("\n" + results.row(made))
     print(f"record: {record}\nfigure: {private / 'curve.png'}\nnotebook: {executed}")
     if released:
         copy = release.notebook(json.loads(executed.read_text()))
         write_atomic(folder / name, json.dumps(copy, indent=1, ensure_ascii=False) + "\n")
         print(f"may be published, see privacy.md there: {folder}")
+    if options.minutes and made["stopped"]:
+        print(f"{made['stopped']}, by the same command")
+        return 3
     return 0
+
+
+def deadline(options) -> float | None:
+    """Returns when the run must have ended, on `time.monotonic`; None for whenever it is done."""
+    return time.monotonic() + 60 * options.minutes if options.minutes else None
 
 
 def notebook_of(name: str) -> pathlib.Path:

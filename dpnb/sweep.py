@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import pathlib
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -165,7 +166,9 @@ def budget(e: Experiment, data: Dataset) -> str:
     )
 
 
-def run(todo: list[Experiment], data: Dataset, root: str | pathlib.Path, say=print) -> Sweep:
+def run(
+    todo: list[Experiment], data: Dataset, root: str | pathlib.Path, say=print, deadline: float | None = None
+) -> Sweep:
     """Trains what is not finished below `root`, says how long it will take, and continues after failures.
 
     Args:
@@ -174,6 +177,7 @@ def run(todo: list[Experiment], data: Dataset, root: str | pathlib.Path, say=pri
       root: gets one directory per experiment and seed, with checkpoints, ledger and record; with a secret
         seed these are in its `release/` and `private/`.
       say: prints one line.
+      deadline: when to have ended, as for `dpnb.training.train`; what is not finished then is left to another call.
     """
     records = [*results.load(root), *results.load(root, release.FULL_RECORD)]
     done = {e: finished(e, data, records) for e in todo}
@@ -190,6 +194,9 @@ def run(todo: list[Experiment], data: Dataset, root: str | pathlib.Path, say=pri
         )
     for number, e in enumerate(left, 1):
         label = f"{e.name}, seed {e.seed}"
+        if deadline and number > 1 and time.monotonic() > deadline:
+            say(f"stopped in time before {label}; the same sweep goes on from there")
+            break
         say(f"[{number}/{len(left)}] {label}")
         try:
             ready = features.prepare(e, data)
@@ -199,7 +206,7 @@ def run(todo: list[Experiment], data: Dataset, root: str | pathlib.Path, say=pri
                 say(f"    {budget(training.calibrate(e, len(data.train)), data)}; {costs[e].form}")
             place = directory(root, e)
             ours = e.replace(physical_batch_size=size)
-            trained = training.train(ours, ready, place, programs=programs, chosen=chosen)
+            trained = training.train(ours, ready, place, programs=programs, chosen=chosen, deadline=deadline)
             done[e] = results.save(trained, ready, place)
             say(f"    EMA {done[e]['accuracy']['ema']:.2f} %, {trained.seconds / 60:.1f} minutes")
         except Exception as error:  # the other cells are still worth running

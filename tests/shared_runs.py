@@ -198,15 +198,18 @@ def installed_files() -> set[pathlib.Path]:
 
 @functools.cache
 def demo() -> types.SimpleNamespace:
-    """`dpnb run digits/wrn-10-1` with the wheel, three updates long: the working directory, its output directory,
-    what it printed."""
+    """`dpnb run digits/wrn-10-1` with the wheel, three updates in two sittings: the working directory, its output
+    directory, what each sitting printed."""
     work = temporary("demo")
     before = installed_files()
     sets = [f"--set={pair}" for pair in SMALL]
-    done = installed().dpnb("run", "digits/wrn-10-1", "--preset=smoke", *sets, cwd=work)
+    command = "run", "digits/wrn-10-1", "--preset=smoke", *sets
+    first = installed().dpnb(*command, "--minutes=0.001", cwd=work, status=3)
+    done = installed().dpnb(*command, cwd=work)
     assert installed_files() == before
     (record,) = work.rglob("result.json")
-    return types.SimpleNamespace(work=work, out=record.parent, stdout=done.stdout, stderr=done.stderr)
+    said = dict(stdout=done.stdout, stderr=done.stderr, first=first.stdout)
+    return types.SimpleNamespace(work=work, out=record.parent, **said)
 
 
 @functools.cache

@@ -25,6 +25,7 @@ from dpnb.training.choice import Choice
 from dpnb.training.curve import accuracies, curve_point
 from dpnb.training.evaluation import Evaluation
 from dpnb.training.hosts import broadcast_from_process_0, call_on_process_0
+from dpnb.training.pace import Pace
 from dpnb.training.progress import Progress
 from dpnb.training.session import Session, prepare
 from dpnb.training.settings import hardware
@@ -78,6 +79,7 @@ def train(
     allowed_steps: int | None = None,
     programs: dict[tuple, Callable] | None = None,
     chosen: Choice | None = None,
+    deadline: float | None = None,
 ) -> Run:
     """Trains with DP-SGD, or continues where a killed run in `directory` stopped.
 
@@ -101,6 +103,8 @@ def train(
         `dpnb.training.update.make_trainer`; it is checked like any other before anything is charged.
       chosen: how an accelerator computes, if that was measured before (`dpnb.training.choice`); by default it is
         measured when the run begins, and kept in `directory`.
+      deadline: when to have ended, on `time.monotonic`: the run stops with a checkpoint before an update that would take
+        longer, and another call goes on. It makes at least one update.
     Raises:
       ValueError: bad hyper-parameters, or the directory holds another experiment's run.
       KeyError, OSError: the public weights are not available.
@@ -119,11 +123,15 @@ def train(
     )
     with prepare(experiment, data, directory, **terms) as session:
         experiment, stopped, saved = session.experiment, "", time.monotonic()
+        pace = Pace(deadline, session.time_to_end() if deadline else 0.0)
         with Progress(experiment.steps, session.start) as progress:
             try:
                 for step in range(session.start, experiment.steps):
                     if stop_at_step is not None and step >= stop_at_step:
                         stopped = f"stopped on purpose after {step} of {experiment.steps} updates"
+                        break
+                    if pace.is_over():
+                        stopped = f"stopped in time after {step} of {experiment.steps} updates; it goes on from there"
                         break
                     new, seen, stopped = session.update_and_charge()  # unseen until it is paid for
                     if stopped:

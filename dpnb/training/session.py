@@ -117,6 +117,12 @@ class Session:
             self.evaluated = asked, found
         return self.evaluated[1]
 
+    def time_to_end(self) -> float:
+        """Returns about how many seconds the evaluation at the end of the run takes."""
+        size, began = even_batch_size(len(self.data.test)), time.monotonic()
+        self.evaluate_split(self.state.params, self.data.test.head(size))
+        return 2 * -(-len(self.data.test) // size) * (time.monotonic() - began)
+
     def save(self) -> None:
         """Writes a checkpoint, except at update 0, where there is nothing to keep."""
         if int(self.state.step):

@@ -51,6 +51,15 @@ def test_run_prints_progress_and_the_row(demo):
         assert demo.work / line.split(": ")[1] == demo.out / name
 
 
+def test_a_run_that_was_given_too_few_minutes_goes_on(demo):
+    """One update a sitting at least; the ledger, in the test below, has three steps."""
+    assert (
+        demo.first.splitlines()[-1]
+        == "stopped in time after 1 of 3 updates; it goes on from there, by the same command"
+    )
+    assert "update 1/3" not in demo.stdout
+
+
 def test_run_took_the_changes(demo):
     r = json.loads((demo.out / "result.json").read_text())
     assert (r["experiment"], r["preset"], r["seed"]) == ("digits/wrn-10-1", "smoke", 0)
