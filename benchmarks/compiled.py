@@ -15,8 +15,11 @@ devices that they are meant for. The last line is machine-readable; it takes the
 
 import argparse
 import dataclasses
+import importlib.metadata
+import json
 import pathlib
 import time
+from collections.abc import Iterator
 
 from hlo import Program
 from targets import TARGETS, Target, enable, requirements
@@ -201,8 +204,8 @@ def main_table(target: str, formulations: list[str], say) -> dict[str, float]:
     return found | {f"{target}_f32_calls": made.program.convolutions(f32)}
 
 
-def networks(preset: str) -> dict[tuple, str]:
-    """{what decides the program: the experiment with most views of it} of a preset."""
+def networks(preset: str) -> list[str]:
+    """The names of experiments that stand for all networks of a preset, those with the most views of each."""
     from dpnb import experiments
 
     found: dict[tuple, str] = {}
@@ -213,46 +216,57 @@ def networks(preset: str) -> dict[tuple, str]:
         key = e.network, e.depth, e.width, e.norm, e.standardised, e.image_size, e.noise_multiplier == 0
         if key not in found or e.augmult > experiments.get(found[key], preset).augmult:
             found[key] = name
-    return found
+    return list(found.values())
 
 
-def fits(preset: str, targets: list[str], say) -> None:
-    """Prints how many examples a call of each network of a preset has room for."""
+def fits(preset: str, targets: list[str], say) -> Iterator[dict]:
+    """Prints how many examples a call of each network of a preset has room for, and yields the rows."""
     from dpnb import experiments
+    from dpnb.commands.plan import CLASSES
     from dpnb.models.registry import label
 
-    for name in networks(preset).values():
+    for name in networks(preset):
         e = experiments.get(name, preset)
-        classes = {"cifar10": 10, "cifar100": 100, "tiny_imagenet32": 200, "places365_small": 365}.get(
-            e.dataset, 1000
-        )
         for target in (t for t in MEANT_FOR[preset] if t in targets):
+            began = time.monotonic()
             try:
-                text = room(Cell(e, TARGETS[target], classes), e, target)
+                found = room(Cell(e, TARGETS[target], CLASSES.get(e.dataset, 10)))
             except Exception as error:  # the compiler's own refusal is an answer, too
-                text = f"does not compile: {str(error).splitlines()[0][:120]}"
-            say(f"{preset:<6} {label(e):<28} K = {e.augmult:<2} {TARGETS[target].name:<22} {text}  ({name})")
+                found = {"refused": str(error).splitlines()[0][:160]}
+            text = f"does not fit: {found['refused']}" if "refused" in found else (
+                f"{found['examples']:4} examples a call take {found['memory'] / 1e9:5.1f} of "
+                f"{TARGETS[target].memory / 1e9:.0f} GB"
+            )  # fmt: skip
+            where = f"{preset:<6} {label(e):<34} K = {e.augmult:<2} {TARGETS[target].name:<22}"
+            say(f"{where} {text}  ({name}, {time.monotonic() - began:.0f} s)")
+            yield {"experiment": name, "preset": preset, "target": target, **found}
 
 
-def room(cell: Cell, experiment, target: str) -> str:
-    """Says which call fits, the largest that is a power of two of at most `MOST_VIEWS`."""
-    platform = cell.mesh.devices.flat[0].platform
-    views = max(experiment.augmult, 1)
-    examples = 2 ** max(0, (MOST_VIEWS[platform] // views).bit_length() - 1)
-    limit = SHARE * cell.target.memory
+def room(cell: Cell) -> dict:
+    """The largest call that fits, in examples that are a power of two, of at most `MOST_VIEWS`."""
+    platform, views = cell.mesh.devices.flat[0].platform, max(cell.experiment.augmult, 1)
+    examples, why = 2 ** max(0, (MOST_VIEWS[platform] // views).bit_length() - 1), ""
     while examples:
         try:
             made = cell.accumulate(examples)
-            memory = made.memory
         except Exception as error:  # TPUs refuse what does not fit
-            if "memory" not in str(error).lower() and "hbm" not in str(error).lower():
+            why = str(error).splitlines()[0][:160]
+            if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            memory = float("inf")
-        if memory <= limit:
-            share = memory / cell.target.memory
-            return f"{examples:4} examples a call take {memory / 1e9:5.1f} GB, {share:4.0%} of its memory"
+        else:
+            if made.memory <= SHARE * cell.target.memory:
+                much = made.program.cycles if platform == "tpu" else made.program.moved
+                unit = "cycles" if platform == "tpu" else "bytes"
+                per_view = much / (examples * views)
+                return {
+                    "examples": examples,
+                    "views": views,
+                    "memory": made.memory,
+                    f"{unit}_per_view": round(per_view),
+                }
+            why = f"one call takes {made.memory / 1e9:.1f} GB"
         examples //= 2
-    return "does not fit"
+    return {"refused": why}
 
 
 def main(argv=None) -> None:
@@ -265,6 +279,7 @@ def main(argv=None) -> None:
     parser.add_argument(
         "--formulations", nargs="+", default=["auto", "sliced", "grouped", "grouped_im2col", "unrolled"]
     )
+    parser.add_argument("--out", type=pathlib.Path, help="file for the numbers, in JSON")
     parser.add_argument("--no-fits", dest="fits", action="store_false", help="leave the second table out")
     args = parser.parse_args(argv)
     if args.requirements:
@@ -277,17 +292,26 @@ def main(argv=None) -> None:
     def say(text):
         print(text, flush=True)
 
-    found = {}
+    found: dict = {"jax": importlib.metadata.version("jax")}
+    rows: list[dict] = []
+
+    def keep():
+        if args.out:
+            args.out.write_text(json.dumps({**found, "networks": rows}, indent=1) + "\n")
+
     for target in (t for t in args.targets if t in EXAMPLES):
         found |= main_table(target, args.formulations, say)
+        keep()
     if "v5e-8" in args.targets:
         from dpnb import experiments
 
         update = Cell(experiments.get(NAME, augmult=VIEWS), TARGETS["v5e-8"]).update()
         say(f"an update on {TARGETS['v5e-8'].name}: {', '.join(update.program.collectives())}")
     for preset in MEANT_FOR if args.fits else ():
-        fits(preset, args.targets, say)
-    wanted = (
+        for row in fits(preset, args.targets, say):
+            rows.append(row)
+            keep()
+    wanted = [
         "v5e_mcycles",
         "v5e_ratio",
         "h100_mb",
@@ -296,7 +320,7 @@ def main(argv=None) -> None:
         "t4_mb",
         "t4_ratio",
         "t4_f32_calls",
-    )
+    ]
     say(" ".join(f"{name}={found[name]:.4g}" for name in wanted if name in found))
 
 

@@ -1,4 +1,4 @@
-"""`dpnb list | run | table | verify | notebooks | cache | doctor`: a thin shell over papermill and the records."""
+"""`dpnb list | run | plan | table | verify | notebooks | cache | doctor`: a thin shell over papermill and the records."""
 
 import argparse
 import ast
@@ -104,6 +104,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     add.add_argument("--data-file", default="", help="prepared array file (.npz) instead of TFDS")
     add.add_argument("--data-note", default="", help="caveat about the data, copied into the record")
+    add = commands.add_parser("plan", help="what an experiment would take on accelerators")
+    add.add_argument("name", help="as `dpnb list` shows it")
+    add.add_argument("--preset", choices=experiments.PRESETS, default="paper")
+    add.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as for `dpnb run`")
+    add.add_argument("--results", default=folders.records(), help=RECORDS)
     add = commands.add_parser("table", help="paper | ours | difference")
     add.add_argument("name", help="cifar10, finetune, imagenet, digits, readme, or a shell pattern")
     add.add_argument("--results", default=folders.records(), help=RECORDS)
@@ -123,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
     add.add_argument("--data-dir", default=None, help="TFDS directory")
     options = parser.parse_args(arguments)
     run_command = {
-        "list": list_, "run": run, "table": table, "verify": verify, "notebooks": notebooks, "cache": cache_,
+        "list": list_, "run": run, "plan": plan, "table": table, "verify": verify, "notebooks": notebooks, "cache": cache_,
         "doctor": doctor_,
     }  # fmt: skip
     try:
@@ -355,6 +360,14 @@ def run(options) -> int:
 def deadline(options) -> float | None:
     """Returns when the run must have ended, on `time.monotonic`; None for whenever it is done."""
     return time.monotonic() + 60 * options.minutes if options.minutes else None
+
+
+def plan(options) -> int:
+    """Prints what an experiment would take on accelerators."""
+    from dpnb.commands import plan
+
+    print(plan.report(experiments.get(options.name, options.preset, **changes(options.set)), options.results))
+    return 0
 
 
 def notebook_of(name: str) -> pathlib.Path:

@@ -1,0 +1,174 @@
+"""Says what a cell would take on accelerators, before one is rented."""
+
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+from dpnb import folders
+from dpnb.experiments import Experiment, get
+from dpnb.models.registry import label
+
+# What benchmarks/compiled.py found with `--out`.
+COMPILED = folders.RECORDS / "accelerators" / "compiled.json"
+CLASSES = {"cifar100": 100, "tiny_imagenet32": 200, "places365_small": 365, "imagenet2012": 1000}
+CLASSES |= {"imagenet_resized/32x32": 1000, "textures": 100}  # of all others 10
+NETWORK = ("network", "depth", "width", "norm", "standardised", "image_size")
+
+
+class Device(NamedTuple):
+    """An accelerator, or several of a kind: how records name it, and its data sheet.
+
+    memory: bytes of one; peak: FLOP/s of all in half precision; bandwidth: bytes/s of one.
+    """
+
+    name: str
+    kind: str
+    target: str
+    memory: float
+    peak: float
+    bandwidth: float
+    count: int = 1
+
+
+DEVICES = (
+    Device("T4", "Tesla T4", "t4", 15.8e9, 65e12, 0.32e12),
+    Device("TPU v5e", "TPU v5 lite", "v5e", 16e9, 197e12, 0.82e12),
+    Device("A100", "NVIDIA A100", "a100", 85.1e9, 312e12, 2.04e12),
+    Device("H100", "NVIDIA H100", "h100", 84.9e9, 989e12, 3.35e12),
+    Device("TPU v5e-8", "TPU v5 lite", "v5e", 16e9, 8 * 197e12, 0.82e12, 8),
+)
+# Measured on one H100 (docs/performance.md): WRN-16-4 took 17.8 us a view of 2.2 GFLOP.
+OF_PEAK = 2.2e9 / 17.8e-6 / 989e12
+OF_BANDWIDTH = 0.6
+CLOCK = 1.5e9  # of a TPU v5e, cycles a second
+
+
+class Row(NamedTuple):
+    """What one device would take: hours, examples of a call with their memory (None if unknown), how that is known."""
+
+    device: str
+    hours: float
+    examples: int | None
+    memory: int | None
+    how: str
+
+
+def views_of(e: Experiment) -> float:
+    """Returns the views of a whole run.
+
+    Raises:
+      ValueError: the number of updates is not known, or the experiment trains on features.
+    """
+    if e.on_features:
+        raise ValueError(
+            f"{e.name} trains on features that are computed once, which takes minutes on a CPU; run it"
+        )
+    if e.steps is None:
+        raise ValueError(f"{e.name}: the number of updates must be known, got None; add --set steps=T")
+    return e.steps * e.expected_batch_size * max(e.augmult, 1)
+
+
+def flops_of(e: Experiment) -> tuple[int, float]:
+    """Returns the number of parameters, and FLOP of one view forward and backward, as XLA counts them unoptimised."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from dpnb.models import functional
+    from dpnb.models.registry import make_network
+
+    classes = CLASSES.get(e.dataset, 10)
+    bare = e.replace(pretrained="", trainable="all", compute_dtype="float32")
+    params, apply = functional(nnx.eval_shape(lambda: make_network(bare, classes, nnx.Rngs(0))))
+    side = e.image_size or 32
+
+    def loss(params, image):
+        return jnp.square(apply(params, image)).sum()
+
+    image = jax.ShapeDtypeStruct((1, side, side, 3), "float32")
+    analysis = jax.jit(jax.grad(loss)).lower(params, image).cost_analysis() or {}
+    return sum(p.size for p in jax.tree.leaves(params)), float(analysis.get("flops", float("nan")))
+
+
+def same_network(e: Experiment, fields: dict[str, Any]) -> bool:
+    """Returns whether hyper-parameters are of the network of an experiment, with as many views."""
+    return all(fields.get(name, getattr(e, name)) == getattr(e, name) for name in (*NETWORK, "augmult"))
+
+
+def measured(e: Experiment, device: Device, records: list[dict[str, Any]]) -> tuple[float, str] | None:
+    """Returns views a second of the fastest record of this network on such devices, and which it is."""
+    found = []
+    for r in records:
+        count, _, kind = r["devices"].partition(" x ")
+        if (
+            kind.startswith(device.kind)
+            and count == str(device.count)
+            and same_network(e, r["hyper_parameters"])
+        ):
+            h = r["hyper_parameters"]
+            views = r["privacy"]["steps"] * h["expected_batch_size"] * max(h["augmult"], 1)
+            found.append(
+                (views / r["seconds"], f"{r['experiment']} [{r['preset']}, finished {r['finished'][:10]}]")
+            )
+    return max(found, default=None)
+
+
+def compiled(e: Experiment, device: Device) -> dict[str, Any] | None:
+    """Returns what the compiled program of this network for such a device needs; None if it was not compiled."""
+    rows = json.loads(COMPILED.read_text())["networks"] if COMPILED.exists() else []
+    for row in rows:
+        other = get(row["experiment"], row["preset"])
+        same = all(getattr(other, name) == getattr(e, name) for name in NETWORK)
+        if same and row["target"].partition("-")[0] == device.target:
+            return row
+    return None
+
+
+def rows(e: Experiment, flops: float, records: list[dict[str, Any]]) -> list[Row]:
+    """Returns a row for each of `DEVICES`: from records if there are any, else computed."""
+    views, made = views_of(e), []
+    for device in DEVICES:
+        row = compiled(e, device) or {}
+        if "refused" in row:
+            made.append(
+                Row(device.name, float("nan"), None, None, f"computed: does not fit, {row['refused']}")
+            )
+            continue
+        if fastest := measured(e, device, records):
+            seconds, how = 1 / fastest[0], f"measured: {fastest[0]:,.0f} views a second, {fastest[1]}"
+        elif "cycles_per_view" in row:
+            seconds = row["cycles_per_view"] / CLOCK / device.count
+            how = f"computed: {row['cycles_per_view']:,} cycles a view, the compiler's estimate, at {CLOCK / 1e9} GHz"
+        elif "bytes_per_view" in row:
+            seconds = row["bytes_per_view"] / device.bandwidth / OF_BANDWIDTH / device.count
+            how = f"computed: {row['bytes_per_view'] / 1e6:.1f} MB a view at {OF_BANDWIDTH:.0%} of the bandwidth"
+        else:
+            seconds = flops / device.peak / OF_PEAK
+            how = f"computed: {flops / 1e9:.3g} GFLOP a view at {OF_PEAK:.0%} of the peak"
+        made.append(Row(device.name, views * seconds / 3600, row.get("examples"), row.get("memory"), how))
+    return made
+
+
+def report(e: Experiment, results: str | pathlib.Path) -> str:
+    """Returns the plan as text."""
+    from dpnb.results import load
+
+    views = views_of(e)
+    parameters, flops = flops_of(e)
+    lines = [
+        f"{e.name} [{e.preset}]: {label(e)}, {parameters:,} parameters",
+        f"{e.steps:,} updates x {e.expected_batch_size:,} examples x {max(e.augmult, 1)} views = {views:.3g} views, "
+        f"{flops / 1e9:.3g} GFLOP each forward and backward: {views * flops:.3g} FLOP",
+        "",
+        f"{'device':<10} {'hours':>8}  {'a call':<26} how that is known",
+    ]
+    for row in rows(e, flops, load(results)):
+        call = f"{row.examples} examples, {row.memory / 1e9:.1f} GB" if row.examples else "-"
+        hours = f"{row.hours:,.0f}" if row.hours >= 10 else f"{row.hours:.2g}"
+        lines.append(f"{row.device:<10} {hours:>8}  {call:<26} {row.how}")
+    lines += [
+        "",
+        "Updates alone: compilation, reading and evaluation come on top. What is computed was not measured. The shares of peak and",
+        "bandwidth are those of WRN-16-4 on an H100, measured once (docs/performance.md).",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,97 @@
+"""`dpnb plan`: the formulas, and what takes the place of what."""
+
+import json
+import math
+
+import pytest
+import shared_runs
+
+from dpnb import cli, experiments
+from dpnb.commands import plan
+
+WRN = "cifar10/wrn-16-4/eps1"
+FLOPS = 2.2e9
+VIEWS = 875 * 4096 * 16
+
+
+@pytest.fixture
+def compiled(tmp_path, monkeypatch):
+    """Writes rows as benchmarks/compiled.py does, of WRN-16-4."""
+
+    def write(**rows):
+        made = [
+            {"experiment": WRN, "preset": "paper", "target": t.replace("_", "-"), **row}
+            for t, row in rows.items()
+        ]
+        (tmp_path / "compiled.json").write_text(json.dumps({"networks": made}))
+
+    monkeypatch.setattr(plan, "COMPILED", tmp_path / "compiled.json")
+    return write
+
+
+def hours(e, records=()):
+    return {row.device: row for row in plan.rows(e, FLOPS, list(records))}
+
+
+def test_views_and_flops():
+    e = experiments.get(WRN)
+    assert plan.views_of(e) == VIEWS
+    parameters, flops = plan.flops_of(e)
+    assert parameters == 2_753_818 and 2.0e9 < flops < 2.4e9
+    assert plan.flops_of(experiments.get("imagenet/scratch/nf-resnet-50/eps8"))[0] == 25_557_048
+
+
+def test_what_nobody_compiled_is_counted_in_flop(compiled):
+    """The H100 at its own share of the peak takes what was measured: 17.8 us a view."""
+    found = hours(experiments.get(WRN))
+    assert found["H100"].hours == pytest.approx(VIEWS * 17.8e-6 / 3600)
+    assert found["A100"].hours == pytest.approx(found["H100"].hours * 989 / 312)
+    assert found["TPU v5e"].hours == pytest.approx(8 * found["TPU v5e-8"].hours)
+    assert "GFLOP a view at 12% of the peak" in found["T4"].how and found["T4"].examples is None
+
+
+def test_a_compiled_program_says_more(compiled):
+    compiled(
+        t4={"examples": 32, "views": 16, "memory": 10**9, "bytes_per_view": 20_000_000},
+        v5e_8={"examples": 8, "views": 16, "memory": 10**9, "cycles_per_view": 60_000},
+        a100={"refused": "one call takes 99 GB"},
+    )
+    found = hours(experiments.get("cifar10/wrn-16-4/eps8", augmult=8))  # another cell of the same network
+    views = 2468 * 4096 * 8
+    assert found["T4"].hours == pytest.approx(views * 20e6 / 0.32e12 / plan.OF_BANDWIDTH / 3600)
+    assert found["TPU v5e"].hours == pytest.approx(views * 60_000 / 1.5e9 / 3600)
+    assert found["TPU v5e-8"].hours == pytest.approx(found["TPU v5e"].hours / 8)
+    assert (found["T4"].examples, found["T4"].memory) == (32, 10**9) and "20.0 MB a view" in found["T4"].how
+    assert math.isnan(found["A100"].hours) and "one call takes 99 GB" in found["A100"].how
+    assert "GFLOP" in found["H100"].how
+
+
+def test_what_was_measured_comes_first(compiled):
+    e = experiments.get("cifar10/wrn-16-4/eps8")
+    record = shared_runs.record_of("cifar10/wrn-16-4/eps8", "paper")
+    fast = {**record, "devices": "1 x NVIDIA H100 80GB HBM3, jax 0.11.2", "seconds": 1000.0}
+    slow = {**fast, "seconds": 5000.0}
+    others = [
+        {**fast, "devices": "8 x NVIDIA H100 80GB HBM3, jax 0.11.2", "seconds": 1.0},
+        {**fast, "hyper_parameters": {**fast["hyper_parameters"], "augmult": 4}, "seconds": 1.0},
+        {**fast, "hyper_parameters": {**fast["hyper_parameters"], "depth": 40}, "seconds": 1.0},
+    ]
+    found = hours(e, [slow, fast, *others])
+    assert found["H100"].hours == pytest.approx(1000 / 3600) and found["H100"].how.startswith("measured: ")
+    assert found["A100"].how.startswith("computed: ")
+
+
+def test_the_command(compiled, capsys):
+    assert cli.main(["plan", WRN, "--set", "steps=10"]) == 0
+    said = capsys.readouterr().out
+    assert "WRN-16-4, 2,753,818 parameters" in said and "10 updates x 4,096 examples x 16 views" in said
+    assert all(device.name in said for device in plan.DEVICES)
+
+
+@pytest.mark.parametrize("arguments, why", [
+    (["cifar10/scatter-linear/eps3"], "trains on features"),
+    ([WRN, "--set", "steps=None", "--set", "noise_multiplier=2"], "add --set steps=T"),
+])  # fmt: skip
+def test_what_cannot_be_planned_says_why(arguments, why, capsys):
+    assert cli.main(["plan", *arguments]) == 2
+    assert why in capsys.readouterr().err
