@@ -15,7 +15,7 @@ import time
 from dpnb import experiments, results, training
 from dpnb.cli import changes
 from dpnb.data import load
-from dpnb.training import features
+from dpnb.training import features, pace
 
 
 def main(argv=None) -> None:
@@ -29,11 +29,10 @@ def main(argv=None) -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE")
     args = parser.parse_args(argv)
 
-    began = time.monotonic()
+    began, deadline = time.monotonic(), pace.deadline(args.minutes)
     e = experiments.get(args.name, args.preset, seed=args.seed, **changes(args.set))
     data = features.prepare(e, load(e.dataset, file=args.data_file))
     print(f"{e.name}: data after {time.monotonic() - began:.1f} s", flush=True)
-    deadline = began + 60 * args.minutes if args.minutes else None
     run = training.train(e, data, args.directory, deadline=deadline)
     made = results.save(run, data, args.directory)
     print(
@@ -41,7 +40,7 @@ def main(argv=None) -> None:
         flush=True,
     )
     print({k: v for k, v in made["privacy"].items() if k.startswith("epsilon")})
-    if run.stopped:
+    if run.stopped.startswith(pace.STOPPED):
         print(f"{run.stopped}, by the same command", flush=True)
         raise SystemExit(3)
 

@@ -10,7 +10,6 @@ import json
 import os
 import pathlib
 import sys
-import time
 import warnings
 from typing import Any
 
@@ -245,7 +244,9 @@ def run_sweep(options) -> int:
         raise ValueError(
             "a sweep has published seeds, got --secret-seed; run one experiment at a time with it"
         )
-    asked, end = changes(options.set), deadline(options)
+    from dpnb.training import pace
+
+    asked, end = changes(options.set), pace.deadline(options.minutes)
     seeds = 1 if options.seeds is None else options.seeds
     plan = functools.partial(sweep.plan, options.name, options.preset, seeds)
     todo, root = plan(data_note=options.data_note, **asked), options.out or pathlib.Path("runs")
@@ -283,8 +284,8 @@ def run_sweep(options) -> int:
             print(f"figures: notebooks/{FIGURES[study]} with train = False")
     if made.failures:
         return 1
-    left = len(made.records) < len(todo) or any(r["stopped"] for r in made.records)
-    return 3 if options.minutes and left else 0
+    in_time = any(r["stopped"].startswith(pace.STOPPED) for r in made.records)
+    return 3 if in_time or len(made.records) < len(todo) else 0
 
 
 def run_study(options) -> int:
@@ -323,6 +324,9 @@ def run(options) -> int:
     if experiments.get(options.name, options.preset, **asked).on_features or "/finetune/" in options.name:
         return run_sweep(options)
 
+    from dpnb.training import pace
+
+    pace.deadline(options.minutes)  # refuses before it starts
     seed = None if options.secret_seed else options.seed
     e = experiments.get(options.name, options.preset, seed=seed, **asked)  # refuses before it starts
     out = options.out or sweep.directory("runs", e)
@@ -351,22 +355,17 @@ def run(options) -> int:
         copy = release.notebook(json.loads(executed.read_text()))
         write_atomic(folder / name, json.dumps(copy, indent=1, ensure_ascii=False) + "\n")
         print(f"may be published, see privacy.md there: {folder}")
-    if options.minutes and made["stopped"]:
+    if made["stopped"].startswith(pace.STOPPED):
         print(f"{made['stopped']}, by the same command")
         return 3
     return 0
 
 
-def deadline(options) -> float | None:
-    """Returns when the run must have ended, on `time.monotonic`; None for whenever it is done."""
-    return time.monotonic() + 60 * options.minutes if options.minutes else None
-
-
 def plan(options) -> int:
     """Prints what an experiment would take on accelerators."""
-    from dpnb.commands import plan
+    from dpnb.commands.plan import report
 
-    print(plan.report(experiments.get(options.name, options.preset, **changes(options.set)), options.results))
+    print(report(experiments.get(options.name, options.preset, **changes(options.set)), options.results))
     return 0
 
 

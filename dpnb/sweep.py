@@ -20,6 +20,7 @@ from dpnb.training import cost, features
 
 # Experiments that agree in these fields compile to the same program, so one of them is timed for all.
 PROGRAM = ("dataset", "augmult", *field_names("model"), *field_names("performance"))
+A_MINUTE = 60.0  # seconds: in less no cell is begun that may take longer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,21 +193,21 @@ def run(
             f"the other {len(left)}: about {whole} of updates on {jax.devices()[0].device_kind}, compilation and "
             f"evaluation come on top{f'; {unknown} cannot be timed, and will say why' * bool(unknown)}"
         )
+    took = 0.0  # by the cell before
     for number, e in enumerate(left, 1):
+        began = time.monotonic()
         label = f"{e.name}, seed {e.seed}"
-        if deadline and number > 1 and time.monotonic() > deadline:
+        if deadline and number > 1 and time.monotonic() + min(took, A_MINUTE) > deadline:
             say(f"stopped in time before {label}; the same sweep goes on from there")
             break
         say(f"[{number}/{len(left)}] {label}")
         try:
             ready = features.prepare(e, data)
-            size = costs[e].physical_batch_size if e in costs else e.physical_batch_size
             chosen = costs[e].chosen if e in costs else None
             if e in costs:
                 say(f"    {budget(training.calibrate(e, len(data.train)), data)}; {costs[e].form}")
             place = directory(root, e)
-            ours = e.replace(physical_batch_size=size)
-            trained = training.train(ours, ready, place, programs=programs, chosen=chosen, deadline=deadline)
+            trained = training.train(e, ready, place, programs=programs, chosen=chosen, deadline=deadline)
             done[e] = results.save(trained, ready, place)
             say(f"    EMA {done[e]['accuracy']['ema']:.2f} %, {trained.seconds / 60:.1f} minutes")
         except Exception as error:  # the other cells are still worth running
@@ -216,6 +217,7 @@ def run(
                 place = directory(root, e) / ("private" if e.seed is None else "")
                 place.mkdir(mode=0o700 if e.seed is None else 0o777, parents=True, exist_ok=True)
                 (place / "failure.txt").write_text(traceback.format_exc())
+        took = time.monotonic() - began
     for label, why in failures.items():
         say(f"failed: {label}: {why}")
     return Sweep([r for r in done.values() if r is not None], failures)

@@ -304,7 +304,6 @@ def record_of(name: str, preset: str, accuracy: float = 60.0, seed: int | None =
 @functools.cache
 def _record(experiment) -> dict:
     from dpnb import results
-    from dpnb.models.precision import dtype_of
     from dpnb.training import Run
 
     evaluated = types.SimpleNamespace(accuracy=60.0, loss=1.0)
@@ -314,6 +313,6 @@ def _record(experiment) -> dict:
     run = Run(
         experiment=experiment, params={}, ema_params={}, history=[{"step": experiment.steps}], raw=evaluated, ema=evaluated,
         events=[{**vars(experiment.mechanism(50_000)), "steps": experiment.steps}], steps=experiment.steps, seconds=60.0,
-        devices="1 x cpu, jax 0", computed_in=dtype_of(experiment) or "float32", public=None, choice=None, stopped="",
+        devices="1 x cpu, jax 0", computed_in="float32", evaluated_in="float32", public=None, choices=[], stopped="",
     )  # fmt: skip
     return results.record(run, data)

@@ -250,3 +250,33 @@ def test_verification_does_not_use_the_cache(capsys, here, disk_cache, monkeypat
     cache.put("accounting", {}, "a lie", 1.0)
     assert cli.main(["verify", "somewhere"]) == 2
     assert seen == [None] and cache.get("accounting", {})
+
+
+@pytest.mark.slow
+def test_a_sweep_that_no_command_can_finish_is_not_unfinished(tmp_path, monkeypatch, capsys):
+    """Status 3 means that the same command goes on; here the budget is spent."""
+    monkeypatch.chdir(tmp_path)
+    sets = [
+        f"--set={pair}" for pair in ("noise_multiplier=1.0", "steps=200", "epsilon=1.0", "accountant=rdp")
+    ]
+    command = ["run", "digits/demo/eps8", "--preset=smoke", "--seeds=1", "--minutes=30", *sets]
+    assert cli.main(command) == 0
+    assert "PrivacyBudget" in json.loads(next(tmp_path.rglob("result.json")).read_text())["stopped"]
+
+
+@pytest.mark.slow
+def test_a_sweep_that_stops_in_time_goes_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = [
+        "run",
+        "digits/demo/eps8",
+        "--preset=smoke",
+        "--seeds=2",
+        "--set=steps=3",
+        "--set=accountant=rdp",
+    ]
+    assert cli.main([*command, "--minutes=0.0001"]) == 3
+    (record,) = tmp_path.rglob("result.json")  # the second seed was left to the next sitting
+    assert json.loads(record.read_text())["stopped"].startswith("stopped in time after 1 of 3 updates")
+    assert cli.main(command) == 0
+    assert [json.loads(p.read_text())["stopped"] for p in tmp_path.rglob("result.json")] == ["", ""]

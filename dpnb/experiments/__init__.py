@@ -41,7 +41,8 @@ def get(name: str, preset: str = "paper", **changes) -> Experiment:
     if changes.get("dataset", e.dataset) != e.dataset:  # what the paper reports is of another data set
         source = f"none: {name} is on {e.dataset}"
         changes = dict(paper_mean=None, paper_std=None, paper_source=source) | changes
-    scaled = e.replace(**{"preset": preset, **_PRESET_OVERRIDES[name](e, preset)})
-    if preset in ("colab", "paper") and not (scaled.on_features or name.startswith("digits/")):
-        changes = {"compute_dtype": "auto"} | changes
-    return scaled.replace(**changes)
+    made = e.replace(**{"preset": preset, **_PRESET_OVERRIDES[name](e, preset), **changes})
+    for_accelerators = preset in ("colab", "paper") and not (made.on_features or name.startswith("digits/"))
+    if for_accelerators and "compute_dtype" not in changes:
+        made = made.replace(compute_dtype="auto")
+    return made

@@ -264,6 +264,11 @@ class Experiment:
             self.augmult,
         )
         check(
+            not self.on_features or self.compute_dtype != "auto",
+            "fixed features are of one dtype on every device",
+            self.compute_dtype,
+        )
+        check(
             self.trainable in ("all", "classifier") or re.fullmatch(r"last-[1-9]\d*", self.trainable),
             "trainable must be all, classifier, or last-k (last-1, last-2 ...)",
             self.trainable,

@@ -143,7 +143,8 @@ def _grouped(x: jax.Array, g: jax.Array, w_shape: Shape, spec: Spec) -> jax.Arra
     NaN of one example to all others. What is not finite is therefore left out, and the gradient of its example is
     NaN. On TPUs groups are compiled as the batch dimensions of a matrix product are, which keeps them apart.
     """
-    convolved = jax.vmap(lambda x, g: _one(x, g, w_shape, spec))
+    one: Callable[..., jax.Array] = lambda x, g: _one(x, g, w_shape, spec)
+    convolved: Callable[..., jax.Array] = jax.vmap(one)
     if platform() == "tpu":
         return convolved(x, g)
     x, whole_x = _without_nan(x)

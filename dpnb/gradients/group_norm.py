@@ -6,7 +6,7 @@ reshaped to groups, which would cost accelerators a copy.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ class _Kept(NamedTuple):
 
 
 def group_norm(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, groups: int, epsilon: float = 1e-5, dtype=None
+    x: jax.Array, scale: jax.Array, bias: jax.Array, groups: int, epsilon: float = 1e-5, dtype: Any = None
 ) -> jax.Array:
     """Normalises each group of channels of each view to mean 0 and variance 1, then scales and shifts.
 
@@ -62,7 +62,7 @@ def _group_norm(groups: int, epsilon: float, dtype: jnp.dtype) -> Callable[..., 
         means = sums.reshape(views, groups, channels // groups).sum(-1) / (size * channels // groups)
         return jnp.repeat(means, channels // groups, axis=-1)
 
-    def forward(shared, x):
+    def forward(shared: tuple[jax.Array, jax.Array], x: jax.Array) -> tuple[jax.Array, ...]:
         scale, bias = shared
         positions = tuple(range(1, x.ndim - 1))
         size = x[0, ..., 0].size
@@ -75,7 +75,9 @@ def _group_norm(groups: int, epsilon: float, dtype: jnp.dtype) -> Callable[..., 
         y = x * jnp.expand_dims(slope, positions) + jnp.expand_dims(shift, positions)
         return y.astype(dtype), mean, inverse
 
-    def backward(scale, g, x, mean, inverse):
+    def backward(
+        scale: jax.Array, g: jax.Array, x: jax.Array, mean: jax.Array, inverse: jax.Array
+    ) -> tuple[jax.Array, ...]:
         """(gradient of x; of bias and scale, view by view)."""
         positions = tuple(range(1, x.ndim - 1))
         size = x[0, ..., 0].size
@@ -91,14 +93,14 @@ def _group_norm(groups: int, epsilon: float, dtype: jnp.dtype) -> Callable[..., 
     merged_forward, merged_backward = merged(forward), merged(backward)
 
     @jax.custom_vjp
-    def norm(x, scale, bias):
+    def norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
         return merged_forward((scale, bias), x)[0]
 
-    def keep(x, scale, bias):
+    def keep(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Array, tuple[_Kept, jax.Array]]:
         y, mean, inverse = merged_forward((scale, bias), x)
         return y, (_Kept(x, scale, mean, inverse), bias)
 
-    def pull_back(kept, g):
+    def pull_back(kept: tuple[_Kept, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         (x, scale, mean, inverse), bias = kept
         of_x, of_bias, of_scale = merged_backward(scale, g, x, mean, inverse)
         return of_x, of_scale.sum(0).astype(scale.dtype), of_bias.sum(0).astype(bias.dtype)

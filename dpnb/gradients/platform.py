@@ -4,7 +4,20 @@ from typing import Any
 
 import jax
 
-BEFORE_AMPERE = ("T4", "V100", "P100", "P40", "P4", "K80", "RTX 20", "GTX")
+BEFORE_AMPERE = (
+    "T4",
+    "V100",
+    "P100",
+    "P40",
+    "P4",
+    "K80",
+    "TITAN",
+    "Quadro",
+    "GTX",
+    "RTX 2060",
+    "RTX 2070",
+    "RTX 2080",
+)
 
 
 def device() -> Any:
@@ -16,7 +29,7 @@ def device() -> Any:
     """
     found = jax.sharding.get_abstract_mesh().abstract_device
     if found is None:
-        default = jax.config.jax_default_device
+        default: Any = getattr(jax.config, "jax_default_device", None)
         found = default if isinstance(default, jax.Device) else jax.devices(default)[0]
     return found
 

@@ -94,7 +94,7 @@ def cheap(record: Record) -> list[Check]:
 def _settings(record: Record, e: Experiment) -> Check:
     public = record.get("pretrained") or {}
     ran = record.get("computed_in", e.compute_dtype)
-    known = set(ran.split(", then ")) <= set(DTYPES)
+    known = {*ran.split(", then "), record.get("evaluated_in", DTYPES[0])} <= set(DTYPES)
     return _same(
         "settings",
         computed_in=(ran, ran if known and e.compute_dtype == "auto" else e.compute_dtype),

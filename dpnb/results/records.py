@@ -110,8 +110,9 @@ def record(run: "Run", data: Dataset) -> dict[str, Any]:
         "paper": {"mean": e.paper_mean, "std": e.paper_std, "source": e.paper_source},
         "seconds": run.seconds,
         "devices": run.devices,
-        "computed_in": run.computed_in,  # older records do not have these two
-        "choice": run.choice,
+        "computed_in": run.computed_in,  # older records do not have these three
+        "evaluated_in": run.evaluated_in,
+        "choices": run.choices,
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
         "peak_memory_mib": peak_memory_mib(),
         "versions": {"python": platform.python_version(), **versions()},

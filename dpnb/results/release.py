@@ -16,7 +16,7 @@ RECORD, FULL_RECORD = "result.json", "full-result.json"
 # Items of a record that do not depend on the training data, or only through noisy parameters.
 KEPT = (
     "experiment", "preset", "privacy", "augmult", "clip_norm", "seed", "accuracy", "loss", "evaluated_on", "pretrained",
-    "paper", "devices", "computed_in", "choice", "machine", "versions", "git_revision", "stopped", "hyper_parameters", "ledger",
+    "paper", "devices", "computed_in", "evaluated_in", "machine", "versions", "git_revision", "stopped", "hyper_parameters", "ledger",
 )  # fmt: skip
 POINT = ("step", "epsilon", "raw_accuracy", "ema_accuracy")  # what is kept of a point of the curve
 LEFT_OUT = "(left out: shows training data, statistics of them without noise, or a figure)\n"
@@ -62,8 +62,17 @@ def record(full: dict[str, Any], seed: int) -> dict[str, Any]:
     kept = {name: full[name] for name in KEPT}
     data = {**full["data"], "fingerprint": keyed(full["data"]["fingerprint"], seed)}
     curve = [{name: point[name] for name in POINT if name in point} for point in full["curve"]]
+    choices = [{k: v for k, v in choice.items() if k != "timings"} for choice in full["choices"]]
     day = full["finished"][:10] + "T00:00:00+00:00"
-    return {**kept, "data": data, "curve": curve, "finished": day, "seconds": None, "peak_memory_mib": None}
+    return {
+        **kept,
+        "choices": choices,
+        "data": data,
+        "curve": curve,
+        "finished": day,
+        "seconds": None,
+        "peak_memory_mib": None,
+    }
 
 
 def notebook(executed: dict[str, Any]) -> dict[str, Any]:

@@ -146,8 +146,7 @@ def _fingerprint(fingerprint: str, recorded: str, private: pathlib.Path, note: s
 def _accuracy(record, experiment: Experiment, found: data.Dataset, file: pathlib.Path) -> list[Check]:
     arrays = load_file(file)
     test = features.prepare_test(experiment, found)
-    dtype = record.get("computed_in", experiment.compute_dtype).rpartition(", then ")[2]
-    ran = experiment.replace(compute_dtype=resolve(dtype))
+    ran = experiment.replace(compute_dtype=resolve(record.get("evaluated_in", experiment.compute_dtype)))
     params, apply = functional(make_model(ran, len(found.classes), initial_rngs(0)))
     tie, batch_size = TIE[ran.compute_dtype], even_batch_size(len(test))
     m = measure(apply, unflatten(arrays, params), test, found.recipe, tie, batch_size)

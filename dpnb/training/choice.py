@@ -8,17 +8,20 @@ import dataclasses
 import json
 import pathlib
 import time
+import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
 
 from dpnb.data import Dataset
 from dpnb.experiments import Experiment
+from dpnb.experiments.experiment import FORMULATIONS as ALL_FORMULATIONS
 from dpnb.files import write_atomic
+from dpnb.models.precision import resolve
 from dpnb.training.devices import free_memory, memory_of
-from dpnb.training.hosts import call_on_process_0
+from dpnb.training.hosts import any_process, call_on_process_0
 from dpnb.training.settings import hardware
 from dpnb.training.update import make_trainer, masked_batch
 
@@ -31,8 +34,7 @@ VIEWS = {"gpu": (512, 2048, 4096), "tpu": (128, 256, 512)}  # a call, in the ord
 FORMULATIONS = {"gpu": ("auto", "grouped_im2col", "unrolled"), "tpu": ("auto", "unrolled", "sliced")}
 
 
-@dataclasses.dataclass(frozen=True)
-class Timing:
+class Timing(NamedTuple):
     """One candidate: microseconds for one view on one device, and bytes of a call; None if it does not fit."""
 
     physical_batch_size: int
@@ -49,22 +51,35 @@ class Timing:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What was chosen on these devices, and all that was measured for it."""
+    """What was chosen on these devices for this program, and all that was measured for it.
+
+    program: hash of what decides about it, see `program_of`.
+    """
 
     devices: str
+    program: str
     physical_batch_size: int
     formulation: str
     timings: list[Timing]
 
     @classmethod
-    def from_json(cls, text: str) -> "Choice":
-        """Reads what `to_json` wrote."""
-        fields = json.loads(text)
-        return cls(**{**fields, "timings": [Timing(**t) for t in fields["timings"]]})
+    def read(cls, text: str) -> "Choice | None":
+        """Reads what `to_json` wrote; None if it is damaged, or of another version."""
+        try:
+            fields = json.loads(text)
+            made = cls(**{**fields, "timings": [Timing(**t) for t in fields["timings"]]})
+            valid = made.physical_batch_size >= 1 and made.formulation in ALL_FORMULATIONS
+        except (ValueError, TypeError, KeyError):
+            return None
+        return made if valid else None
 
     def to_json(self) -> str:
         """Writes it as JSON."""
-        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+        return json.dumps(self.as_dict(), indent=1) + "\n"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns it in plain JSON values."""
+        return {**vars(self), "timings": [t._asdict() for t in self.timings]}
 
     def apply(self, experiment: Experiment) -> Experiment:
         """Returns the experiment, computed in this way."""
@@ -98,19 +113,31 @@ def settle(
     if not is_open(experiment, devices):
         return None
     file = folder / FILE
-    kept = call_on_process_0(lambda: file.read_text() if file.exists() else "")
-    if kept and _fits(choice := Choice.from_json(kept), experiment, devices):
-        return choice
-    choice = (
-        given if given and _fits(given, experiment, devices) else measure(experiment, data, devices, **terms)
-    )
-    call_on_process_0(lambda: write_atomic(file, choice.to_json()))
+    text = call_on_process_0(lambda: file.read_text(errors="replace") if file.exists() else "")
+    kept, program = Choice.read(text) if text else None, program_of(experiment, devices)
+    if text and kept is None:
+        warnings.warn(f"{file} is damaged, or of another version; it is measured again", stacklevel=2)
+    for choice in (kept, given):
+        if choice and _fits(choice, experiment, devices):
+            break
+    else:
+        choice = measure(experiment, data, devices, **terms)
+    if (
+        kept is None or kept.program == program
+    ):  # a run in the same folder that will be refused leaves it alone
+        call_on_process_0(lambda: write_atomic(file, choice.to_json()))
     return choice
 
 
+def program_of(experiment: Experiment, devices: list[jax.Device]) -> str:
+    """Returns the SHA-256 (hex) of what decides which choice is best: the experiment, and how else it is computed."""
+    terms = {name: getattr(experiment, name) for name in ("form", "remat", "shard")}
+    return experiment.fingerprint(**terms, compute_dtype_here=resolve(experiment.compute_dtype, devices[0]))
+
+
 def _fits(choice: Choice, experiment: Experiment, devices: list[jax.Device]) -> bool:
-    """Returns whether a choice was made on such devices, and for what the experiment says."""
-    same = choice.devices == hardware(devices)
+    """Returns whether a choice was made on such devices, for this program, and for what the experiment says."""
+    same = (choice.devices, choice.program) == (hardware(devices), program_of(experiment, devices))
     same &= experiment.physical_batch_size in (None, choice.physical_batch_size)
     return same and experiment.formulation in ("auto", choice.formulation)
 
@@ -137,8 +164,13 @@ def measure(
 
     def attempt(size: int, how: str) -> Timing:
         e = experiment.replace(physical_batch_size=size, formulation=how)
-        mine = dataclasses.asdict(time_call(e, data, **terms))
-        found = Timing(**call_on_process_0(lambda: mine))
+        share = (
+            None if experiment.physical_batch_size else SHARE
+        )  # what is asked for may take all of the memory
+        mine = time_call(e, data, share=share, **terms)
+        found = Timing(**call_on_process_0(lambda: mine._asdict()))
+        if any_process(mine.microseconds is None):
+            found = found._replace(microseconds=None)
         timings.append(found)
         if jax.process_index() == 0:
             say(f"choosing: {found}")
@@ -175,18 +207,27 @@ def measure(
     best = min(fitting, key=lambda t: t.microseconds)
     if jax.process_index() == 0:
         say(f"chosen: {best}")
-    return Choice(hardware(devices), best.physical_batch_size, best.formulation, timings)
+    program = program_of(experiment, devices)
+    return Choice(hardware(devices), program, best.physical_batch_size, best.formulation, timings)
 
 
-def time_call(experiment: Experiment, data: Dataset, repeats: int = 3, **terms) -> Timing:
-    """Times one physical batch of masked examples on this process, the best of some repeats."""
+def time_call(
+    experiment: Experiment, data: Dataset, *, share: float | None = SHARE, repeats: int = 3, **terms
+) -> Timing:
+    """Times one physical batch of masked examples on this process, the best of some repeats.
+
+    Args:
+      share: of the free memory that it may take; None for whatever can be had.
+      terms: as for `dpnb.training.update.make_trainer`.
+    """
     size, how = experiment.physical_batch_size, experiment.formulation
     trainer = make_trainer(experiment, data, **terms)
     args = masked_batch(trainer, size)
     try:
         compiled = trainer.accumulate.lower(*args).compile()
         memory = memory_of(compiled)
-        if memory > SHARE * free_memory(jax.local_devices()[0]):
+        mine = next(d for d in trainer.mesh.devices.flat if d.process_index == jax.process_index())
+        if share and memory > share * free_memory(mine):
             return Timing(size, how, None, memory)
         seconds, total = [], args[1]
         for _ in range(repeats + 1):  # the first call warms up

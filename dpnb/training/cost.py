@@ -1,6 +1,7 @@
 """Predicts what a run will cost on this device before it starts."""
 
 import dataclasses
+import pathlib
 import time
 from collections.abc import Callable
 
@@ -52,7 +53,11 @@ def duration(seconds: float) -> str:
 
 
 def predict(
-    experiment: Experiment, data: Dataset, repeats: int = 3, programs: dict[tuple, Callable] | None = None
+    experiment: Experiment,
+    data: Dataset,
+    repeats: int = 3,
+    programs: dict[tuple, Callable] | None = None,
+    directory: pathlib.Path | None = None,
 ) -> Cost:
     """Compiles one physical batch and one update, and times them on masked examples.
 
@@ -63,12 +68,16 @@ def predict(
       experiment: calibrated, so that noise_multiplier and steps are known.
       data: as for training.
       repeats: number of timed calls after the compilation.
+      directory: of the run that is predicted, whose choice is kept there on an accelerator.
       programs: see `dpnb.training.update.make_trainer`; by default an empty dict. They come with the result.
     """
     programs = {} if programs is None else programs
     chosen = None
     if choice.is_open(experiment, jax.devices()):
-        chosen = choice.measure(experiment, data, jax.devices(), programs=programs)
+        if directory is None:
+            chosen = choice.measure(experiment, data, jax.devices(), programs=programs)
+        else:
+            chosen = choice.settle(experiment, data, directory, jax.devices(), programs=programs)
         experiment = chosen.apply(experiment)
     trainer = make_trainer(experiment, data, seed=0, programs=programs)
     size, state = per_device_batch_size(experiment), trainer.state

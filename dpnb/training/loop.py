@@ -25,7 +25,7 @@ from dpnb.training.choice import Choice
 from dpnb.training.curve import accuracies, curve_point
 from dpnb.training.evaluation import Evaluation
 from dpnb.training.hosts import broadcast_from_process_0, call_on_process_0
-from dpnb.training.pace import Pace
+from dpnb.training.pace import STOPPED, Pace
 from dpnb.training.progress import Progress
 from dpnb.training.session import Session, prepare
 from dpnb.training.settings import hardware
@@ -46,6 +46,8 @@ class Run:
       continued the run one after another.
     devices, computed_in: what made the updates, in words, and the dtype of the network; several, if the run was
       continued elsewhere.
+    evaluated_in: the dtype of the network that was evaluated.
+    choices: how accelerators computed, and what was measured for it, see `dpnb.training.choice`.
     """
 
     experiment: Experiment
@@ -59,10 +61,9 @@ class Run:
     seconds: float
     devices: str
     computed_in: str
+    evaluated_in: str
     public: dict[str, str] | None  # the weights that it started from, see `dpnb.models.weights.provenance`
-    choice: (
-        dict[str, Any] | None
-    )  # how an accelerator computed, and what was measured for it, see `dpnb.training.choice`
+    choices: list[dict[str, Any]]
     stopped: str  # why the run ended before its last step; "" if it did not
 
 
@@ -131,7 +132,9 @@ def train(
                         stopped = f"stopped on purpose after {step} of {experiment.steps} updates"
                         break
                     if pace.is_over():
-                        stopped = f"stopped in time after {step} of {experiment.steps} updates; it goes on from there"
+                        stopped = (
+                            f"{STOPPED} after {step} of {experiment.steps} updates; it goes on from there"
+                        )
                         break
                     new, seen, stopped = session.update_and_charge()  # unseen until it is paid for
                     if stopped:
@@ -171,7 +174,8 @@ def _finish(session: Session, stopped: str, events: list[dict[str, Any]]) -> Run
         seconds=session.seconds + (time.monotonic() - session.began if went_on else 0.0),
         devices=", then ".join(session.hardware) or hardware(session.devices),
         computed_in=", then ".join(session.computed_in) or session.compute_dtype,
+        evaluated_in=session.compute_dtype,
         public=session.public,
-        choice=dataclasses.asdict(session.choice) if session.choice else None,
+        choices=session.choices,
         stopped=stopped,
     )

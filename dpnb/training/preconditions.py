@@ -50,12 +50,17 @@ def check_own_model(experiment: Experiment) -> None:
     """Checks that the experiment asks nothing of a model that is passed in, which starts and trains as it is.
 
     Raises:
-      ValueError: it names public weights or a part to train, and so would its record.
+      ValueError: it names public weights, a part to train, or a dtype by device, and so would its record.
     """
     if experiment.pretrained or experiment.trainable != "all":
         raise ValueError(
             f"{experiment.name}: a model of your own begins and trains as it is; leave pretrained and "
             f"trainable at their defaults, got {experiment.pretrained!r} and {experiment.trainable!r}"
+        )
+    if experiment.compute_dtype == "auto":
+        raise ValueError(
+            f"{experiment.name}: a model of your own computes in the dtype that it was built for; set compute_dtype to that "
+            "one (float16 scales the losses), got 'auto'"
         )
 
 

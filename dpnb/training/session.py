@@ -56,8 +56,8 @@ class Session:
     public: the weights that it started from, see `dpnb.models.weights.provenance`.
     choice: how an accelerator computes, and what was measured for it; None where there was nothing to choose.
     seconds: wall time that earlier processes took.
-    hardware, computed_in: what made the updates so far, and in which dtype, one after another, each once
-      (`dpnb.training.settings.hardware`, `compute_dtype`).
+    hardware, computed_in, choices: what made the updates so far, in which dtype, and with which choice, one after
+      another, each once (`dpnb.training.settings.hardware`, `compute_dtype`, `choice`).
     evaluated: (step, images) of the last evaluation, and what was found.
     """
 
@@ -76,6 +76,7 @@ class Session:
     seconds: float
     hardware: list[str]
     computed_in: list[str]
+    choices: list[dict[str, Any]]
     began: float  # when this process began, on `time.monotonic`
     evaluate_split: Callable[[Any, Any], Evaluation]  # (params, split)
     is_finite: Callable[[Any], bool]  # (params): their outputs for public inputs
@@ -92,7 +93,8 @@ class Session:
         old one and the metrics are None), or its outputs are not finite, and the caller drops the new state.
         """
         new, seen, stopped = self.payer.update(self.state)
-        here = (self.hardware, hardware(self.devices)), (self.computed_in, self.compute_dtype)
+        here = [(self.hardware, hardware(self.devices)), (self.computed_in, self.compute_dtype)]
+        here += [(self.choices, self.choice.as_dict())] if self.choice else []
         for said, now in here if not stopped else ():
             if now not in said:
                 said.append(now)
@@ -127,7 +129,7 @@ class Session:
         """Writes a checkpoint, except at update 0, where there is nothing to keep."""
         if int(self.state.step):
             notes = {"history": self.history, "stream": self.payer.stream, "settings": self.settings}
-            notes |= {"hardware": self.hardware, "computed_in": self.computed_in}
+            notes |= {"hardware": self.hardware, "computed_in": self.computed_in, "choices": self.choices}
             notes["seconds"] = self.seconds + time.monotonic() - self.began
             self.checkpoints.save(self.state, notes)
 
@@ -215,6 +217,7 @@ def prepare(
             seconds=notes.get("seconds", 0.0),
             hardware=notes.get("hardware", []),
             computed_in=notes.get("computed_in", []),
+            choices=notes.get("choices", []),
             began=began,
             evaluate_split=evaluate,
             is_finite=make_is_finite(trainer, data),

@@ -101,7 +101,7 @@ def test_presets_change_the_scale_not_the_promise(name):
 PRESENTATION = {
     "name": "y", "preset": "smoke", "data_note": "n", "paper_mean": 1.0, "paper_std": 1.0, "paper_source": "s",
     "eval_every": 7, "eval_examples": 7, "physical_batch_size": 7,
-    "form": "two-pass", "remat": True, "shard": True, "impossible": "secret weights",
+    "form": "two-pass", "formulation": "sliced", "remat": True, "shard": True, "impossible": "secret weights",
 }  # fmt: skip
 DECISIVE = {
     "dataset": "digits", "depth": 10, "width": 1, "epsilon": 4.0, "delta": 1e-6, "noise_multiplier": 2.0,

@@ -53,5 +53,5 @@ def test_every_field_says_what_it_is():
     for f in dataclasses.fields(Experiment):
         assert f.metadata["about"] and f"  {f.name}" in text and f.name in Experiment.__doc__
     later = {f.name for f in dataclasses.fields(Experiment) if f.metadata["since"]}
-    assert later == {"schedule", "pretrained", "trainable", "image_size"}
+    assert later == {"schedule", "pretrained", "trainable", "image_size", "formulation"}
     assert {"seed", "eval_every", "remat", "paper_mean", "name"}.isdisjoint(Experiment("x").identity_fields())

@@ -76,7 +76,7 @@ def bands_run(**changes) -> Run:
     return Run(
         experiment=e, params={"w": np.ones(3)}, ema_params={"w": np.ones(3)}, history=[point], raw=raw,
         ema=ema, events=[{**vars(e.mechanism(96)), "steps": 2}], steps=2, seconds=12.345678901, devices="1 x cpu",
-        computed_in="float32", public=None, choice=None, stopped="",
+        computed_in="float32", evaluated_in="float32", public=None, choices=[], stopped="",
     )  # fmt: skip
 
 

@@ -1,7 +1,9 @@
 """What an accelerator computes with is chosen by measuring: the logic on timings that are made up, the rest on a CPU."""
 
+import dataclasses
 import itertools
 import json
+import warnings
 
 import jax
 import pytest
@@ -9,6 +11,7 @@ import shared_runs
 
 from dpnb import results
 from dpnb.experiments import Experiment
+from dpnb.results import release
 from dpnb.training import choice, cost, train, update
 from dpnb.training.choice import Choice, Timing
 from dpnb.training.settings import settings_of
@@ -110,40 +113,91 @@ def test_a_call_that_does_not_fit_is_not_made(monkeypatch):
     assert 0 < found.microseconds < 1e6 and 1000 < found.memory < 2**30
 
 
+def test_a_size_that_was_asked_for_may_take_all_of_the_memory(monkeypatch):
+    monkeypatch.setattr(choice, "free_memory", lambda device: 1000)
+    data, devices = shared_runs.bands(), jax.devices()[:1]
+    found = choice.measure(
+        experiment(physical_batch_size=4, formulation="auto"), data, devices, say=lambda text: None
+    )
+    assert found.physical_batch_size == 4 and all(t.microseconds for t in found.timings)
+    with pytest.raises(MemoryError):
+        choice.measure(experiment(), data, devices, say=lambda text: None)
+
+
 def test_a_run_keeps_its_choice_and_says_so(monkeypatch, tmp_path):
     """In its folder, in its record, and in the settings under which its noise was drawn; it is measured once."""
     data, devices = shared_runs.bands(), jax.devices()[:1]
     asked = experiment()
     train(asked, data, tmp_path, devices=devices, stop_at_step=1)
-    kept = Choice.from_json((tmp_path / choice.FILE).read_text())
+    kept = Choice.read((tmp_path / choice.FILE).read_text())
     assert {t.physical_batch_size for t in kept.timings} >= {4} and kept.devices.startswith("1 x cpu")
     monkeypatch.setattr(choice, "time_call", lambda *_, **__: pytest.fail("measured again"))
-    run = train(asked, data, tmp_path, devices=devices)
+    other = dataclasses.replace(kept, physical_batch_size=kept.physical_batch_size + 1)
+    run = train(asked, data, tmp_path, devices=devices, chosen=other)  # the one that was kept comes first
     record = results.record(run, data)
-    assert record["choice"]["physical_batch_size"] == kept.physical_batch_size and run.steps == 2
-    assert json.loads(json.dumps(record["choice"])) == json.loads(kept.to_json())
+    assert record["choices"] == [kept.as_dict()] == [json.loads(kept.to_json())] and run.steps == 2
     assert sum(event["steps"] for event in run.events) == 2  # no step was paid twice
-    other = kept.apply(asked).replace(formulation="im2col")
-    assert settings_of(kept.apply(asked), data, devices) != settings_of(other, data, devices)
+    elsewhere = kept.apply(asked).replace(formulation="im2col")
+    assert settings_of(kept.apply(asked), data, devices) != settings_of(elsewhere, data, devices)
 
 
-def test_a_choice_of_other_devices_is_not_kept(monkeypatch, tmp_path):
-    data, devices = shared_runs.bands(), jax.devices()[:1]
-    (tmp_path / choice.FILE).write_text(Choice("8 x other", 3, "sliced", []).to_json())
+def test_a_record_has_every_choice_and_a_released_one_no_timings(monkeypatch, tmp_path):
+    data, asked = shared_runs.bands(), experiment()
+    train(asked, data, tmp_path, stop_at_step=1)
+    first = Choice.read((tmp_path / choice.FILE).read_text())
+    size = first.physical_batch_size + 1
+    run = train(asked.replace(physical_batch_size=size), data, tmp_path)
+    assert [c["physical_batch_size"] for c in run.choices] == [first.physical_batch_size, size]
+    released = release.record(results.record(run, data), seed=0)["choices"]
+    assert [set(c) for c in released] == [{"devices", "program", "physical_batch_size", "formulation"}] * 2
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Timings that are made up."""
     monkeypatch.setattr(
         choice, "time_call", lambda e, *_, **__: Timing(e.physical_batch_size, e.formulation, 1.0, 1)
     )
+
+
+def test_a_choice_of_other_devices_or_of_another_program_is_not_kept(quick, tmp_path):
+    data, devices = shared_runs.bands(), jax.devices()[:1]
+    program = choice.program_of(experiment(), devices)
+    (tmp_path / choice.FILE).write_text(Choice("8 x other", program, 3, "sliced", []).to_json())
     assert choice.settle(experiment(), data, tmp_path, devices).physical_batch_size != 3
-    here = Choice.from_json((tmp_path / choice.FILE).read_text())
+    here = Choice.read((tmp_path / choice.FILE).read_text())
     assert choice.settle(experiment(), data, tmp_path, devices) == here
-    mine = choice.settle(experiment(physical_batch_size=5), data, tmp_path, devices)
-    assert mine.physical_batch_size == 5
+    assert choice.settle(experiment(remat=True), data, tmp_path, devices).program != here.program
+    assert choice.settle(experiment(physical_batch_size=5), data, tmp_path, devices).physical_batch_size == 5
+
+
+def test_a_run_that_is_refused_leaves_the_choice_alone(quick, tmp_path):
+    data = shared_runs.bands()
+    train(experiment(), data, tmp_path, stop_at_step=1)
+    before = (tmp_path / choice.FILE).read_text()
+    with pytest.raises(ValueError, match="of this very experiment"):
+        train(experiment(learning_rate=9.0, physical_batch_size=7), data, tmp_path)
+    assert (tmp_path / choice.FILE).read_text() == before
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"timings": 3}', '{"devices": "x", "more": 1, "timings": []}']
+)
+def test_a_damaged_file_is_measured_again(text, quick, tmp_path):
+    (tmp_path / choice.FILE).write_text(text)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        choice.settle(experiment(), shared_runs.bands(), tmp_path, jax.devices()[:1])
+    assert Choice.read((tmp_path / choice.FILE).read_text()) is not None
+    assert [choice.FILE in str(w.message) for w in said] == ([True] if text else [])
 
 
 def test_a_prediction_hands_its_choice_to_the_run(monkeypatch, tmp_path):
-    predicted = cost.predict(experiment(), shared_runs.bands())
+    """Once for all sittings, if it knows the folder."""
+    predicted = cost.predict(experiment(), shared_runs.bands(), directory=tmp_path)
     assert predicted.physical_batch_size == predicted.chosen.physical_batch_size
     monkeypatch.setattr(choice, "time_call", lambda *_, **__: pytest.fail("measured again"))
     terms = dict(programs=predicted.programs, chosen=predicted.chosen)
     run = train(experiment(), shared_runs.bands(), tmp_path, stop_at_step=1, **terms)
-    assert run.choice["formulation"] == predicted.chosen.formulation
+    assert [c["formulation"] for c in run.choices] == [predicted.chosen.formulation]
+    assert cost.predict(experiment(), shared_runs.bands(), directory=tmp_path).chosen == predicted.chosen

@@ -42,6 +42,17 @@ def test_the_first_update_is_compilation(monkeypatch):
         clock.now = now
         assert not found.is_over()
     assert found.longest == 1.0
+    alone = pace.Pace(1000.0)
+    assert not alone.is_over()
+    clock.now += 500.0  # one update, and nothing better is known
+    assert alone.is_over()
+
+
+@pytest.mark.parametrize("minutes", [0.0, -1.0, float("nan"), float("inf")])
+def test_minutes_are_positive(minutes):
+    assert pace.deadline(None) is None
+    with pytest.raises(ValueError, match="minutes must be a positive number"):
+        pace.deadline(minutes)
 
 
 def test_at_least_one_update_a_sitting(monkeypatch):
