@@ -282,10 +282,17 @@ def run_sweep(options) -> int:
             )
         else:
             print(f"figures: notebooks/{FIGURES[study]} with train = False")
+    return sweep_status(made, len(todo))
+
+
+def sweep_status(made, planned: int) -> int:
+    """Returns the exit status of a sweep: 1 if a run failed, 3 if the same command goes on, else 0."""
+    from dpnb.training import pace
+
     if made.failures:
         return 1
     in_time = any(r["stopped"].startswith(pace.STOPPED) for r in made.records)
-    return 3 if in_time or len(made.records) < len(todo) else 0
+    return 3 if in_time or len(made.records) < planned else 0
 
 
 def run_study(options) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import shared_runs
 
-from dpnb import cache, cli, experiments, folders
+from dpnb import cache, cli, experiments, folders, sweep
 from dpnb.results import verification
 
 
@@ -252,31 +252,19 @@ def test_verification_does_not_use_the_cache(capsys, here, disk_cache, monkeypat
     assert seen == [None] and cache.get("accounting", {})
 
 
-@pytest.mark.slow
-def test_a_sweep_that_no_command_can_finish_is_not_unfinished(tmp_path, monkeypatch, capsys):
-    """Status 3 means that the same command goes on; here the budget is spent."""
-    monkeypatch.chdir(tmp_path)
-    sets = [
-        f"--set={pair}" for pair in ("noise_multiplier=1.0", "steps=200", "epsilon=1.0", "accountant=rdp")
-    ]
-    command = ["run", "digits/demo/eps8", "--preset=smoke", "--seeds=1", "--minutes=30", *sets]
-    assert cli.main(command) == 0
-    assert "PrivacyBudget" in json.loads(next(tmp_path.rglob("result.json")).read_text())["stopped"]
+@pytest.mark.parametrize("stopped, failures, planned, status", [
+    (["", ""], {}, 2, 0),
+    (["", "stopped in time after 1 of 3 updates; it goes on from there"], {}, 2, 3),
+    ([""], {}, 2, 3),  # the deadline came before the second
+    ([""], {"second": "why"}, 2, 1),
+    (["", "the next step would exceed PrivacyBudget(epsilon=1.0): the run ends here"], {}, 2, 0),  # no command goes on
+])  # fmt: skip
+def test_status_3_means_that_the_same_command_goes_on(stopped, failures, planned, status):
+    made = sweep.Sweep([{"stopped": text} for text in stopped], failures)
+    assert cli.sweep_status(made, planned) == status
 
 
-@pytest.mark.slow
-def test_a_sweep_that_stops_in_time_goes_on(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    command = [
-        "run",
-        "digits/demo/eps8",
-        "--preset=smoke",
-        "--seeds=2",
-        "--set=steps=3",
-        "--set=accountant=rdp",
-    ]
-    assert cli.main([*command, "--minutes=0.0001"]) == 3
-    (record,) = tmp_path.rglob("result.json")  # the second seed was left to the next sitting
-    assert json.loads(record.read_text())["stopped"].startswith("stopped in time after 1 of 3 updates")
-    assert cli.main(command) == 0
-    assert [json.loads(p.read_text())["stopped"] for p in tmp_path.rglob("result.json")] == ["", ""]
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan"])
+def test_minutes_are_refused_before_anything_starts(minutes, capsys):
+    assert cli.main(["run", "digits/wrn-10-1", f"--minutes={minutes}"]) == 2
+    assert "minutes must be a positive number" in capsys.readouterr().err

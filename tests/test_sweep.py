@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+import time
 
 import pandas
 import pytest
@@ -142,6 +143,17 @@ def test_a_failure_is_listed_and_not_fatal(tmp_path, monkeypatch):
     assert "out of memory" in next(tmp_path.rglob("failure.txt")).read_text()
     monkeypatch.setattr(training, "train", train)
     assert not sweep.run(plan(seeds=1), shared_runs.bands(), tmp_path, said.append).failures
+
+
+def test_what_does_not_fit_the_time_is_left_to_the_next_sweep(tmp_path):
+    """The first run stops after an update, the second is not begun; then both are finished, as one sweep would have."""
+    todo, said = plan("cifar10/lr-clip/lr1-c1", 2), []
+    made = sweep.run(todo, shared_runs.bands(), tmp_path, said.append, deadline=time.monotonic() + 0.001)
+    assert [r["stopped"][:15] for r in made.records] == ["stopped in time"] and not made.failures
+    assert any(line.startswith("stopped in time before cifar10/lr-clip/lr1-c1, seed 1") for line in said)
+    made = sweep.run(todo, shared_runs.bands(), tmp_path, said.append)
+    assert [(r["stopped"], r["seed"]) for r in made.records] == [("", 0), ("", 1)]
+    assert [sum(event["steps"] for event in r["ledger"]) for r in made.records] == [2, 2]
 
 
 def test_an_interrupt_is_not_a_failure(tmp_path, monkeypatch):

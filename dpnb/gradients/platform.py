@@ -5,19 +5,8 @@ from typing import Any
 import jax
 
 BEFORE_AMPERE = (
-    "T4",
-    "V100",
-    "P100",
-    "P40",
-    "P4",
-    "K80",
-    "TITAN",
-    "Quadro",
-    "GTX",
-    "RTX 2060",
-    "RTX 2070",
-    "RTX 2080",
-)
+    "T4", "V100", "P100", "P40", "P4", "K80", "TITAN", "Quadro", "GTX", "RTX 2060", "RTX 2070", "RTX 2080",
+)  # fmt: skip
 
 
 def device() -> Any:

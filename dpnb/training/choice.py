@@ -5,6 +5,7 @@ kept in the folder of the run, and a run that goes on on the same hardware goes 
 """
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 import time
@@ -16,7 +17,7 @@ import jax
 from flax import nnx
 
 from dpnb.data import Dataset
-from dpnb.experiments import Experiment
+from dpnb.experiments import Experiment, field_names
 from dpnb.experiments.experiment import FORMULATIONS as ALL_FORMULATIONS
 from dpnb.files import write_atomic
 from dpnb.models.precision import resolve
@@ -31,21 +32,27 @@ SHARE = 0.6  # of the free memory that a call may take
 GAIN = 1.02  # by which more examples a call must be faster
 MANY = 16  # examples, beyond which to compile what is unrolled over them takes minutes
 VIEWS = {"gpu": (512, 2048, 4096), "tpu": (128, 256, 512)}  # a call, in the order in which they are tried
-FORMULATIONS = {"gpu": ("auto", "grouped_im2col", "unrolled"), "tpu": ("auto", "unrolled", "sliced")}
+FORMULATIONS = {
+    "gpu": ("auto", "grouped_im2col", "im2col", "unrolled", "sliced"),
+    "tpu": ("auto", "unrolled", "sliced"),
+}
+# What decides about a program, beside the devices.
+DECISIVE = (*field_names("model"), "augmult", "dataset", "form", "remat", "shard")
 
 
 class Timing(NamedTuple):
-    """One candidate: microseconds for one view on one device, and bytes of a call; None if it does not fit."""
+    """One candidate: microseconds for one view on one device, or None and why not; bytes of a call, if known."""
 
     physical_batch_size: int
     formulation: str
     microseconds: float | None
     memory: int | None = None
+    why: str = ""
 
     def __str__(self) -> str:
         what = f"{self.physical_batch_size} examples a call, {self.formulation}"
         if self.microseconds is None:
-            return f"{what}: does not fit the memory"
+            return f"{what}: {self.why}"
         return f"{what}: {self.microseconds:.4g} us a view, {(self.memory or 0) / 2**30:.1f} GiB"
 
 
@@ -54,10 +61,12 @@ class Choice:
     """What was chosen on these devices for this program, and all that was measured for it.
 
     program: hash of what decides about it, see `program_of`.
+    run: fingerprint of the experiment in whose folder it is kept.
     """
 
     devices: str
     program: str
+    run: str
     physical_batch_size: int
     formulation: str
     timings: list[Timing]
@@ -114,7 +123,7 @@ def settle(
         return None
     file = folder / FILE
     text = call_on_process_0(lambda: file.read_text(errors="replace") if file.exists() else "")
-    kept, program = Choice.read(text) if text else None, program_of(experiment, devices)
+    kept, run = Choice.read(text) if text else None, experiment.fingerprint()
     if text and kept is None:
         warnings.warn(f"{file} is damaged, or of another version; it is measured again", stacklevel=2)
     for choice in (kept, given):
@@ -122,17 +131,19 @@ def settle(
             break
     else:
         choice = measure(experiment, data, devices, **terms)
+    choice = dataclasses.replace(choice, run=run)
     if (
-        kept is None or kept.program == program
-    ):  # a run in the same folder that will be refused leaves it alone
+        kept is None or kept.run == run
+    ):  # another experiment, which will be refused in this folder, leaves it alone
         call_on_process_0(lambda: write_atomic(file, choice.to_json()))
     return choice
 
 
 def program_of(experiment: Experiment, devices: list[jax.Device]) -> str:
-    """Returns the SHA-256 (hex) of what decides which choice is best: the experiment, and how else it is computed."""
-    terms = {name: getattr(experiment, name) for name in ("form", "remat", "shard")}
-    return experiment.fingerprint(**terms, compute_dtype_here=resolve(experiment.compute_dtype, devices[0]))
+    """Returns the SHA-256 (hex) of what decides which choice is best on such devices."""
+    here = experiment.replace(compute_dtype=resolve(experiment.compute_dtype, devices[0]))
+    terms = {name: getattr(here, name) for name in DECISIVE}
+    return hashlib.sha256(json.dumps(terms, sort_keys=True).encode()).hexdigest()
 
 
 def _fits(choice: Choice, experiment: Experiment, devices: list[jax.Device]) -> bool:
@@ -156,7 +167,7 @@ def measure(
     First more and more examples a call, as long as that is faster; then other formulations. Process 0 decides.
 
     Raises:
-      MemoryError: not even one example at a time fits.
+      MemoryError: not even one example at a time is possible.
     """
     terms = dict(seed=0, model=model, devices=devices, programs={} if programs is None else programs)
     began, views, platform = time.monotonic(), max(experiment.augmult, 1), devices[0].platform
@@ -164,13 +175,12 @@ def measure(
 
     def attempt(size: int, how: str) -> Timing:
         e = experiment.replace(physical_batch_size=size, formulation=how)
-        share = (
-            None if experiment.physical_batch_size else SHARE
-        )  # what is asked for may take all of the memory
+        # What is asked for may take all of the memory.
+        share = None if experiment.physical_batch_size else SHARE
         mine = time_call(e, data, share=share, **terms)
         found = Timing(**call_on_process_0(lambda: mine._asdict()))
         if any_process(mine.microseconds is None):
-            found = found._replace(microseconds=None)
+            found = found._replace(microseconds=None, why=found.why or "not on every process")
         timings.append(found)
         if jax.process_index() == 0:
             say(f"choosing: {found}")
@@ -196,8 +206,8 @@ def measure(
             best = found
     if best.microseconds is None:
         raise MemoryError(
-            f"{experiment.name}: {best.physical_batch_size} examples a call must fit the memory of {hardware(devices)}, "
-            "but do not; use more devices with shard=true, remat=true, or fewer views"
+            f"{experiment.name}: {best.physical_batch_size} examples a call must be possible on {hardware(devices)}, but: "
+            f"{best.why}; if it is the memory, use remat=true, more devices with shard=true, or fewer views"
         )
     for other in FORMULATIONS[platform] if how == "auto" else ():
         if other == how or (other == "unrolled" and best.physical_batch_size > MANY) or late():
@@ -208,7 +218,8 @@ def measure(
     if jax.process_index() == 0:
         say(f"chosen: {best}")
     program = program_of(experiment, devices)
-    return Choice(hardware(devices), program, best.physical_batch_size, best.formulation, timings)
+    run = experiment.fingerprint()
+    return Choice(hardware(devices), program, run, best.physical_batch_size, best.formulation, timings)
 
 
 def time_call(
@@ -228,14 +239,12 @@ def time_call(
         memory = memory_of(compiled)
         mine = next(d for d in trainer.mesh.devices.flat if d.process_index == jax.process_index())
         if share and memory > share * free_memory(mine):
-            return Timing(size, how, None, memory)
+            return Timing(size, how, None, memory, f"takes more than {share:.0%} of the free memory")
         seconds, total = [], args[1]
         for _ in range(repeats + 1):  # the first call warms up
             began = time.monotonic()
             total = jax.block_until_ready(trainer.accumulate(args[0], total, *args[2:]))
             seconds.append(time.monotonic() - began)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return Timing(size, how, None)
+    except jax.errors.JaxRuntimeError as error:  # no memory, or not implemented for this device
+        return Timing(size, how, None, why=str(error).splitlines()[0][:200])
     return Timing(size, how, 1e6 * min(seconds[1:]) / (size * max(experiment.augmult, 1)), memory)

@@ -130,11 +130,11 @@ def test_no_example_reaches_the_gradient_of_another(network, platform, trace_for
 
     views = normal(EXAMPLES, VIEWS, 16, 16, 3).astype(jnp.float32)
     before = gradients(views)
-    for content in (jnp.nan, 1e30, 0.0):
+    for content in (jnp.nan, 1e30):
         after = gradients(views.at[1].set(content))
         for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
             np.testing.assert_array_equal(a[jnp.array([0, 2])], b[jnp.array([0, 2])])
-        assert content == 0 or not all(bool(jnp.isfinite(b[1]).all()) for b in jax.tree.leaves(after))
+        assert not all(bool(jnp.isfinite(b[1]).all()) for b in jax.tree.leaves(after))
 
 
 def test_a_layer_that_mixes_views_of_its_batch_is_not_for_merging():

@@ -75,7 +75,7 @@ def test_what_does_not_fit_is_halved(monkeypatch):
 
 def test_not_even_one_example(monkeypatch):
     speeds = dict.fromkeys(itertools.product((4, 2, 1), ("auto",)))
-    with pytest.raises(MemoryError, match="1 examples a call must fit the memory of 1 x cpu"):
+    with pytest.raises(MemoryError, match="1 examples a call must be possible on 1 x cpu"):
         measured(monkeypatch, speeds)
 
 
@@ -149,7 +149,9 @@ def test_a_record_has_every_choice_and_a_released_one_no_timings(monkeypatch, tm
     run = train(asked.replace(physical_batch_size=size), data, tmp_path)
     assert [c["physical_batch_size"] for c in run.choices] == [first.physical_batch_size, size]
     released = release.record(results.record(run, data), seed=0)["choices"]
-    assert [set(c) for c in released] == [{"devices", "program", "physical_batch_size", "formulation"}] * 2
+    assert [set(c) for c in released] == [
+        {"devices", "program", "run", "physical_batch_size", "formulation"}
+    ] * 2
 
 
 @pytest.fixture
@@ -163,7 +165,9 @@ def quick(monkeypatch):
 def test_a_choice_of_other_devices_or_of_another_program_is_not_kept(quick, tmp_path):
     data, devices = shared_runs.bands(), jax.devices()[:1]
     program = choice.program_of(experiment(), devices)
-    (tmp_path / choice.FILE).write_text(Choice("8 x other", program, 3, "sliced", []).to_json())
+    (tmp_path / choice.FILE).write_text(
+        Choice("8 x other", program, experiment().fingerprint(), 3, "sliced", []).to_json()
+    )
     assert choice.settle(experiment(), data, tmp_path, devices).physical_batch_size != 3
     here = Choice.read((tmp_path / choice.FILE).read_text())
     assert choice.settle(experiment(), data, tmp_path, devices) == here
@@ -190,6 +194,27 @@ def test_a_damaged_file_is_measured_again(text, quick, tmp_path):
         choice.settle(experiment(), shared_runs.bands(), tmp_path, jax.devices()[:1])
     assert Choice.read((tmp_path / choice.FILE).read_text()) is not None
     assert [choice.FILE in str(w.message) for w in said] == ([True] if text else [])
+
+
+def test_what_a_device_refuses_is_a_candidate_less(monkeypatch):
+    def refuse(compiled):
+        raise jax.errors.JaxRuntimeError("UNIMPLEMENTED: no such convolution\nmore")
+
+    monkeypatch.setattr(choice, "memory_of", refuse)
+    e = experiment(physical_batch_size=4)
+    found = choice.time_call(e, shared_runs.bands(), seed=0, devices=jax.devices()[:1])
+    assert found.microseconds is None and str(found).endswith("auto: UNIMPLEMENTED: no such convolution")
+
+
+def test_cells_of_a_sweep_share_a_choice(quick, monkeypatch, tmp_path):
+    """They differ in what does not decide about the program; each folder says whose it is."""
+    data, devices = shared_runs.bands(), jax.devices()[:1]
+    first = choice.settle(experiment(), data, tmp_path, devices)
+    monkeypatch.setattr(choice, "time_call", lambda *_, **__: pytest.fail("measured again"))
+    other = experiment(learning_rate=9.0)
+    (tmp_path / "other").mkdir()
+    second = choice.settle(other, data, tmp_path / "other", devices, first)
+    assert second == dataclasses.replace(first, run=other.fingerprint())
 
 
 def test_a_prediction_hands_its_choice_to_the_run(monkeypatch, tmp_path):
