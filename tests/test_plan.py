@@ -52,18 +52,20 @@ def test_what_nobody_compiled_is_counted_in_flop(compiled):
 
 def test_a_compiled_program_says_more(compiled):
     compiled(
-        t4={"examples": 32, "views": 16, "memory": 10**9, "bytes_per_view": 20_000_000},
+        t4={"examples": 32, "views": 16, "memory": 10**9, "bytes_per_view": 200_000_000},
         v5e_8={"examples": 8, "views": 16, "memory": 10**9, "cycles_per_view": 60_000},
         a100={"refused": "one call takes 99 GB"},
     )
     found = hours(experiments.get("cifar10/wrn-16-4/eps8", augmult=8))  # another cell of the same network
     views = 2468 * 4096 * 8
-    assert found["T4"].hours == pytest.approx(views * 20e6 / 0.32e12 / plan.OF_BANDWIDTH / 3600)
+    assert found["T4"].hours == pytest.approx(views * 200e6 / 0.32e12 / plan.OF_BANDWIDTH / 3600)
     assert found["TPU v5e"].hours == pytest.approx(views * 60_000 / 1.5e9 / 3600)
     assert found["TPU v5e-8"].hours == pytest.approx(found["TPU v5e"].hours / 8)
-    assert (found["T4"].examples, found["T4"].memory) == (32, 10**9) and "20.0 MB a view" in found["T4"].how
+    assert (found["T4"].examples, found["T4"].memory) == (32, 10**9) and "200.0 MB a view" in found["T4"].how
     assert math.isnan(found["A100"].hours) and "one call takes 99 GB" in found["A100"].how
     assert "GFLOP" in found["H100"].how
+    compiled(t4={"examples": 32, "views": 16, "memory": 10**9, "bytes_per_view": 1000})
+    assert "GFLOP" in hours(experiments.get(WRN))["T4"].how  # which takes longer than to move so little
 
 
 def test_what_was_measured_comes_first(compiled):
