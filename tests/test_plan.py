@@ -68,6 +68,17 @@ def test_a_compiled_program_says_more(compiled):
     assert "GFLOP" in hours(experiments.get(WRN))["T4"].how  # which takes longer than to move so little
 
 
+def test_of_several_programs_the_nearest(tmp_path, monkeypatch):
+    """Private ones for a private run, and of these the one with about as many views."""
+    names = "pretrain/tiny-imagenet32", "cifar10/augmult/k32", "cifar10/wrn-16-4/eps1"
+    row = {"preset": "paper", "target": "t4", "views": 1, "memory": 1, "bytes_per_view": 1}
+    made = [{**row, "experiment": name, "examples": i} for i, name in enumerate(names)]
+    monkeypatch.setattr(plan, "COMPILED", tmp_path / "compiled.json")
+    plan.COMPILED.write_text(json.dumps({"networks": made}))
+    asked = {"cifar10/augmult/k32": 1, "cifar10/augmult/k8": 2, "pretrain/textures": 0}
+    assert {name: hours(experiments.get(name))["T4"].examples for name in asked} == asked
+
+
 def test_what_was_measured_comes_first(compiled):
     e = experiments.get("cifar10/wrn-16-4/eps8")
     record = shared_runs.record_of("cifar10/wrn-16-4/eps8", "paper")
