@@ -90,7 +90,8 @@ class Bench:
         e = experiments.get("cifar10/wrn-16-4/eps1", depth=args.depth, width=args.width, augmult=args.k)
         self.experiment = e.replace(noise_multiplier=9.119)  # PLD's; no accountant is needed here
         images = random_images(50_000)
-        self.flops = cost.flops_per_view(make_trainer(self.experiment, images, seed=0), images)
+        trainer = make_trainer(self.experiment, images, seed=0)
+        self.flops = cost.flops_per_view(trainer.apply, trainer.state.params, images.shape)
 
     def row(self, what: str, views: int, took: float, **more) -> float:
         rate = views / took
@@ -192,7 +193,8 @@ class Bench:
             )
         )
         key = step_key(state.key, state.step)
-        self.row("augmentation", views, seconds(lambda: one(trainer.feed.images[few], key), self.args.rounds))
+        drawn = trainer.feed.images[few].reshape(-1, 32, 32, 3)  # they are kept in rows
+        self.row("augmentation", views, seconds(lambda: one(drawn, key), self.args.rounds))
         noise = draw_noise(trainer, 0)
         took = seconds(lambda: trainer.update(state, trainer.zero(), noise), self.args.rounds)
         self.say(what="adding noise, optimizer, EMA", ms=1e3 * took)

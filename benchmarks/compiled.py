@@ -62,13 +62,13 @@ class Cell:
 
         from dpnb.data.recipe import SMALL_IMAGES, photographs
         from dpnb.models import functional
-        from dpnb.models.precision import resolve
+        from dpnb.models.precision import resolved
         from dpnb.models.registry import make_model
 
         self.target, self.mesh, self.images = target, target.mesh(), images
-        dtype = resolve(experiment.compute_dtype, self.mesh.devices.flat[0])
         sigma = experiment.noise_multiplier if experiment.noise_multiplier is not None else 1.0
-        e = experiment.replace(compute_dtype=dtype, pretrained="", trainable="all", noise_multiplier=sigma)
+        e = resolved(experiment, self.mesh.devices.flat[0])
+        e = e.replace(pretrained="", trainable="all", noise_multiplier=sigma)
         self.experiment = e
         model = nnx.eval_shape(lambda: make_model(e, classes, nnx.Rngs(0)))
         self.params, self.apply = functional(model)

@@ -71,23 +71,18 @@ def views_of(e: Experiment) -> float:
 def flops_of(e: Experiment) -> tuple[int, float]:
     """Returns the number of parameters, and FLOP of one view forward and backward, as XLA counts them unoptimised."""
     import jax
-    import jax.numpy as jnp
     from flax import nnx
 
     from dpnb.models import functional
     from dpnb.models.registry import make_network
+    from dpnb.training import cost
 
     classes = CLASSES.get(e.dataset, 10)
     bare = e.replace(pretrained="", trainable="all", compute_dtype="float32")
     params, apply = functional(nnx.eval_shape(lambda: make_network(bare, classes, nnx.Rngs(0))))
     side = e.image_size or 32
-
-    def loss(params, image):
-        return jnp.square(apply(params, image)).sum()
-
-    image = jax.ShapeDtypeStruct((1, side, side, 3), "float32")
-    analysis = jax.jit(jax.grad(loss)).lower(params, image).cost_analysis() or {}
-    return sum(p.size for p in jax.tree.leaves(params)), float(analysis.get("flops", float("nan")))
+    flops = cost.flops_per_view(apply, params, (side, side, 3))
+    return sum(p.size for p in jax.tree.leaves(params)), flops
 
 
 def same_network(e: Experiment, fields: dict[str, Any]) -> bool:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from dpnb.gradients.platform import platform
+from dpnb.gradients.views import wide
 from dpnb.privacy import LARGEST_CLIP_NORM, SMALLEST_CLIP_NORM
 
 PyTree = Any
@@ -140,7 +141,7 @@ class ClippedGrad:
             return jax.tree.map(lambda total, g: add(total, g, factor, included), total, grads), info
 
         def add_again(total: jax.Array, g: jax.Array, squares: jax.Array) -> jax.Array:
-            g = g.astype(_accumulator(g))
+            g = wide(g)
             allowed, now = jnp.sqrt(squares), jnp.sqrt(_squares(g))
             within = jnp.where(now > allowed, allowed / now, 1)
             return add(total, g, factor * within, included & _finite(now))
@@ -153,7 +154,7 @@ class ClippedGrad:
         value = self.loss(params, example)
         value, aux = value if self.has_aux else (value, ())
         _check_floating(value, "the loss")
-        return jnp.mean(value.astype(_accumulator(value))), aux
+        return jnp.mean(wide(value)), aux
 
     def _value_and_grad(self, params: PyTree, example: PyTree) -> tuple[tuple[jax.Array, PyTree], PyTree]:
         """((loss, aux), gradient) of one example, the gradient at least in float32."""
@@ -199,7 +200,7 @@ class ClippedGrad:
 
 def _divided(grads: PyTree, scale: jax.Array) -> PyTree:
     """The gradients in float32 or more, divided by the scale of the loss."""
-    return jax.tree.map(lambda g: g.astype(_accumulator(g)) / scale.astype(_accumulator(g)), grads)
+    return jax.tree.map(lambda g: wide(g) / scale.astype(_accumulator(g)), grads)
 
 
 def _squares(g: jax.Array) -> jax.Array:

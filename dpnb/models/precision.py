@@ -23,6 +23,11 @@ def resolve(compute_dtype: str, device: jax.Device | None = None) -> str:
     return "float16" if device.platform == "gpu" else "float32"
 
 
+def resolved(experiment, device: jax.Device | None = None):
+    """Returns the experiment with the dtype in which it computes on a device in place of "auto"."""
+    return experiment.replace(compute_dtype=resolve(experiment.compute_dtype, device))
+
+
 def dtype_of(experiment) -> str | None:
     """Returns the `dtype` with which an experiment's network is built: None for float32, that of the inputs."""
     name = resolve(experiment.compute_dtype)

@@ -20,7 +20,7 @@ from dpnb.data import Dataset
 from dpnb.experiments import Experiment, field_names
 from dpnb.experiments.experiment import FORMULATIONS as ALL_FORMULATIONS
 from dpnb.files import write_atomic
-from dpnb.models.precision import resolve
+from dpnb.models.precision import resolved
 from dpnb.training.devices import free_memory, memory_of
 from dpnb.training.hosts import any_process, call_on_process_0
 from dpnb.training.settings import hardware
@@ -141,7 +141,7 @@ def settle(
 
 def program_of(experiment: Experiment, devices: list[jax.Device]) -> str:
     """Returns the SHA-256 (hex) of what decides which choice is best on such devices."""
-    here = experiment.replace(compute_dtype=resolve(experiment.compute_dtype, devices[0]))
+    here = resolved(experiment, devices[0])
     terms = {name: getattr(here, name) for name in DECISIVE}
     return hashlib.sha256(json.dumps(terms, sort_keys=True).encode()).hexdigest()
 

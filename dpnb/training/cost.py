@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -101,7 +102,7 @@ def predict(
     memory = memory_of(compiled)
     return Cost(
         views,
-        views * flops_per_view(trainer, data),
+        views * flops_per_view(trainer.apply, trainer.state.params, data.shape),
         memory,
         experiment.steps * per_update,
         size,
@@ -111,12 +112,18 @@ def predict(
     )
 
 
-def flops_per_view(trainer, data: Dataset) -> float:
-    """Returns XLA's FLOP count of one image, forward and backward, unoptimised; NaN if unavailable."""
-    image = jnp.zeros((1, *data.shape))
+def flops_per_view(apply: Callable, params: Any, shape: tuple[int, ...]) -> float:
+    """Returns XLA's FLOP count of one image, forward and backward, unoptimised; NaN if unavailable.
 
-    def loss(params):
-        return jnp.square(trainer.apply(params, image)).sum()
+    Args:
+      apply: `(params, images) -> logits`.
+      params: pytree of arrays or of their shapes.
+      shape: of one image, as the network reads it.
+    """
 
-    analysis = jax.jit(jax.grad(loss)).lower(trainer.state.params).cost_analysis()
+    def loss(params, image):
+        return jnp.square(apply(params, image)).sum()
+
+    image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    analysis = jax.jit(jax.grad(loss)).lower(params, image).cost_analysis()
     return float((analysis or {}).get("flops", float("nan")))

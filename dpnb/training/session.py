@@ -24,7 +24,7 @@ from dpnb.data import Dataset
 from dpnb.experiments import Experiment
 from dpnb.files import private_folder
 from dpnb.models import check_deterministic, check_independent, weights
-from dpnb.models.precision import resolve
+from dpnb.models.precision import resolved
 from dpnb.models.registry import make_model
 from dpnb.privacy import Ledger, derived_seed
 from dpnb.training import choice, features
@@ -178,8 +178,7 @@ def prepare(
         fingerprint, seed, label = _identify(experiment, data, folder, model, optimizer, public)
         if model is None:
             rngs = initial_rngs(derived_seed(seed, "initial parameters"))
-            dtype = resolve(experiment.compute_dtype, devices[0])
-            model = make_model(experiment.replace(compute_dtype=dtype), len(data.classes), rngs)
+            model = make_model(resolved(experiment, devices[0]), len(data.classes), rngs)
             check_outputs(model, data)
         if weights.provenance(experiment.pretrained) != public:
             raise ValueError(f"{experiment.pretrained} changed while it was read; start again")

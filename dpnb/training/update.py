@@ -20,7 +20,7 @@ from dpnb.data import Dataset, Recipe, augment
 from dpnb.experiments import Experiment
 from dpnb.gradients import ClippedGrad, choose_form, clipped_grad, formulation, formulation_in_force
 from dpnb.models import functional, structure
-from dpnb.models.precision import resolve
+from dpnb.models.precision import resolved
 from dpnb.models.registry import make_model
 from dpnb.privacy import sampling
 from dpnb.privacy.noise import GridNoise, grid_bits
@@ -86,8 +86,7 @@ def make_trainer(
       physical_batch_size: examples per device and call; default `per_device_batch_size(experiment)`.
       programs: gets this trainer's `accumulate`, unless it holds that of a trainer that would compile the same
         program; this one then takes it over, traced and compiled as it is. Code that was changed in between is
-        not noticed. Models with other arrays than
-        parameters (running statistics, frozen layers) share none.
+        not noticed. Models with other arrays than parameters (running statistics, frozen layers) share none.
     Raises:
       ValueError: noise_multiplier is None (0 means no noise), or there is noise but clip_norm is infinite.
     """
@@ -95,7 +94,7 @@ def make_trainer(
     sigma = experiment.noise_multiplier
     n, devices = len(data.train), devices or jax.devices()
     mesh = Mesh(np.array(devices), (AXIS,))
-    ran = experiment.replace(compute_dtype=resolve(experiment.compute_dtype, devices[0]))
+    ran = resolved(experiment, devices[0])
     model = make_model(ran, len(data.classes), initial_rngs(seed)) if model is None else model
     params, apply = functional(model)
     optimizer = optimizer or make_optimizer(experiment)
