@@ -5,7 +5,7 @@ standardised weights control the variance instead.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -103,12 +103,7 @@ class Bottleneck(nnx.Module):
 
         `keep` [batch] is 0 for examples whose residual branch is dropped (stochastic depth), else 1.
         """
-        if self.shortcut is None:
-            x, skip = fork(x)
-            y = times(scaled_relu(x), self.beta)
-        else:
-            y, skip = fork(times(scaled_relu(x), self.beta))
-            skip = self.shortcut(pooled(skip, self.pool))
+        y, skip = two_paths(x, scaled_relu, self.beta, self.shortcut, self.pool)
         y = self.conv2(scaled_relu(self.conv1(scaled_relu(self.conv0(y)))))
         return add(skip, branch(y, self.skip_gain[...] * self.alpha, keep))
 
@@ -119,6 +114,20 @@ def pooled(x: jax.Array, stride: int) -> jax.Array:
         return x
     size = stride, stride
     return per_view(lambda x: nnx.avg_pool(x, size, size, "SAME", count_include_pad=False))(x)
+
+
+def two_paths(
+    x: jax.Array, activation: Callable, beta: float, shortcut: Callable | None, stride: int
+) -> tuple[jax.Array, jax.Array]:
+    """Returns beta * activation(x), where the branch of a block begins, and what the block adds it to.
+
+    That is x itself or, with a `shortcut`, the shortcut of means of beta * activation(x) over stride x stride positions.
+    """
+    if shortcut is None:
+        x, skip = fork(x)
+        return times(activation(x), beta), skip
+    y, skip = fork(times(activation(x), beta))
+    return y, shortcut(pooled(skip, stride))
 
 
 def branch(y: jax.Array, scale: jax.Array, keep: jax.Array | None) -> jax.Array:

@@ -11,7 +11,7 @@ from flax import nnx
 
 from dpnb.gradients.views import add, fork, per_view
 from dpnb.models.layers import Conv, Dtype, mean_over_positions
-from dpnb.models.nf_resnet import StochasticDepth, branch, layout, pooled, through, times
+from dpnb.models.nf_resnet import StochasticDepth, branch, layout, through, two_paths
 from dpnb.models.precision import dtype_of
 
 DEPTHS = {"F0": (1, 2, 6, 3), "F1": (2, 4, 12, 6), "F3": (4, 8, 24, 12)}
@@ -71,12 +71,7 @@ class NFBlock(nnx.Module):
 
         `keep` [batch] is 0 for examples whose residual branch is dropped (stochastic depth), else 1.
         """
-        if self.shortcut is None:
-            x, skip = fork(x)
-            y = times(scaled_gelu(x), self.beta)
-        else:
-            y, skip = fork(times(scaled_gelu(x), self.beta))
-            skip = self.shortcut(pooled(skip, self.stride))
+        y, skip = two_paths(x, scaled_gelu, self.beta, self.shortcut, self.stride)
         y = self.conv1(scaled_gelu(self.conv0(y)))
         y = self.conv2(scaled_gelu(self.conv1b(scaled_gelu(y))))
         y, gated = fork(y)
