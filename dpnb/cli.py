@@ -15,6 +15,7 @@ from typing import Any
 
 import dpnb
 from dpnb import cache, experiments, folders
+from dpnb.commands import joining
 from dpnb.commands.copying import copy_notebooks
 from dpnb.commands.execution import NotebookFailed, execute, known_parameters
 from dpnb.experiments import Experiment, cifar10, digits, studies
@@ -125,12 +126,18 @@ def main(arguments: list[str] | None = None) -> int:
     add = commands.add_parser("doctor", help="one screen about this installation, for a bug report")
     add.add_argument("--out", default="runs", help="directory of runs that is tried")
     add.add_argument("--data-dir", default=None, help="TFDS directory")
+    parser.set_defaults(joined=False)
     options = parser.parse_args(arguments)
     run_command = {
         "list": list_, "run": run, "plan": plan, "table": table, "verify": verify, "notebooks": notebooks, "cache": cache_,
         "doctor": doctor_,
     }  # fmt: skip
     try:
+        if options.command == "run" and (terms := joining.find_terms(os.environ)) is not None:
+            if joining.JOINS not in os.environ:
+                return joining.watch(sys.argv[1:] if arguments is None else arguments)
+            joining.join(terms)
+            options.joined = True
         with left_out_in_one_line():
             return run_command[options.command](options)
     except BrokenPipeError:  # `dpnb list | head`
@@ -145,6 +152,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"dpnb: {f'{error.filename}: {error.strerror}' if named else error}", file=sys.stderr)
     except (KeyError, TypeError, ValueError) as error:
         print(f"dpnb: {error.args[0] if error.args else type(error).__name__}", file=sys.stderr)
+    except RuntimeError as error:
+        from dpnb.training.hosts import AnotherProcessFailed
+
+        if not isinstance(error, AnotherProcessFailed):
+            raise
+        print(f"dpnb: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("dpnb: stopped; the same command goes on where it stopped", file=sys.stderr)
         return 130
@@ -236,41 +250,62 @@ def several(options) -> bool:
     return options.seeds is not None or any(c in options.name for c in "*?[")
 
 
+def seed_of(options) -> int | None:
+    """Returns the seed that was asked for; None for a secret one."""
+    return None if options.secret_seed else options.seed
+
+
+def by_notebook(options) -> bool:
+    """Is it one run, which its notebook makes unless several processes do?"""
+    if several(options):
+        return False
+    e = experiments.get(options.name, options.preset, **changes(options.set))
+    return not e.on_features and "/finetune/" not in options.name
+
+
 def run_sweep(options) -> int:
     """Every cell of a pattern, in this process: no notebooks, the same records."""
     from dpnb import data, results, sweep
+    from dpnb.training import hosts, pace
 
     if options.secret_seed and several(options):
         raise ValueError(
             "a sweep has published seeds, got --secret-seed; run one experiment at a time with it"
         )
-    from dpnb.training import pace
-
     asked, end = changes(options.set), pace.deadline(options.minutes)
     seeds = 1 if options.seeds is None else options.seeds
     plan = functools.partial(sweep.plan, options.name, options.preset, seeds)
-    todo, root = plan(data_note=options.data_note, **asked), options.out or pathlib.Path("runs")
+    todo, root, place = plan(data_note=options.data_note, **asked), options.out or pathlib.Path("runs"), None
+    if by_notebook(options):
+        root = options.out or sweep.directory(
+            "runs", experiments.get(options.name, options.preset, seed=seed_of(options), **asked)
+        )
+        place = root  # where the notebook puts it, which goes on with it
+    hosts.call_on_process_0(lambda: str(writable_folder(root)))  # before hours are spent
+    hosts.check_shared(root)
     if options.preset == "smoke" and todo[0].image_size and not options.data_dir and "dataset" not in asked:
         from dpnb.data import stand_ins
 
-        options.data_dir = stand_ins.write_stand_ins("digits", root / "photographs")
+        options.data_dir = root / "photographs"
+        hosts.call_on_process_0(lambda: str(stand_ins.write_stand_ins("digits", options.data_dir)))
         print(f"no --data-dir: digits, as JPEG files below {options.data_dir}")
         todo = plan(data_note=options.data_note, dataset="digits", **asked)
     if options.seeds is None:
-        todo = [e.replace(seed=None if options.secret_seed else options.seed) for e in todo]
+        todo = [e.replace(seed=seed_of(options)) for e in todo]
     datasets = {(e.dataset, e.image_size) for e in todo}
     if len(datasets) > 1:
         raise ValueError(f"a sweep reads one data set, got those of {options.name!r}; narrow the pattern")
     dataset, image_size = datasets.pop()
     if impossible := [e for e in todo if e.impossible and options.preset == "paper"]:
         raise ValueError(f"{impossible[0].name} cannot be run in public: {impossible[0].impossible}")
-    writable_folder(root)  # before hours are spent
-    loaded = data.load(
-        dataset, image_size=image_size, data_dir=options.data_dir or None, file=options.data_file or None,
-        validation=todo[0].validation, note=options.data_note,
+    read = functools.partial(
+        data.load, dataset, image_size=image_size, data_dir=options.data_dir or None,
+        file=options.data_file or None, validation=todo[0].validation, note=options.data_note,
     )  # fmt: skip
+    loaded = hosts.call_on_all(read)
     dpnb.use_compilation_cache()
-    made = sweep.run(todo, loaded, root, say=functools.partial(print, flush=True), deadline=end)
+    say = functools.partial(print, flush=True)
+    made = sweep.run(todo, loaded, root, say=say, deadline=end, place=place)
     frame = results.summary([e for e in todo if e.seed == todo[0].seed], made.records)
     print("\n" + results.tidy(frame.drop(columns=["first", "note"])).to_string(index=False))
     print(f"records: {root}")
@@ -323,27 +358,26 @@ def run(options) -> int:
     """Executes the notebook of one experiment or study with papermill, or hands several to `run_sweep`."""
     from dpnb import sweep
 
+    if options.name in STUDY_NOTEBOOKS and options.joined:
+        options.name += "/*"
     if options.name in STUDY_NOTEBOOKS:
         return run_study(options)
-    if several(options):
-        return run_sweep(options)
-    asked = changes(options.set)
-    if experiments.get(options.name, options.preset, **asked).on_features or "/finetune/" in options.name:
+    first, *rest = options.name.split("/")
+    if first == "pretrain" and options.secret_seed:
+        raise ValueError("pre-training promises no privacy, so its seed is public; leave out --secret-seed")
+    if options.joined or not by_notebook(options):
         return run_sweep(options)
 
     from dpnb.training import pace
 
     pace.deadline(options.minutes)  # refuses before it starts
-    seed = None if options.secret_seed else options.seed
+    asked, seed = changes(options.set), seed_of(options)
     e = experiments.get(options.name, options.preset, seed=seed, **asked)  # refuses before it starts
     out = options.out or sweep.directory("runs", e)
     parameters = dict(
         experiment=options.name, preset=options.preset, seed=seed, changes=asked, **data_parameters(options),
         output_dir=str(out.absolute()), minutes=options.minutes,
     )  # fmt: skip
-    first, *rest = options.name.split("/")
-    if first == "pretrain" and e.seed is None:
-        raise ValueError("pre-training promises no privacy, so its seed is public; leave out --secret-seed")
     name = NOTEBOOKS_OF.get("/".join([first, *rest[:1]]), NOTEBOOKS_OF.get(first, NOTEBOOK))
     notebook = notebook_of(name)
     # The executed notebook of a secret run shows training images; a copy without them comes beside the weights.

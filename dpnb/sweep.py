@@ -17,6 +17,7 @@ from dpnb.files import shortened
 from dpnb.models import weights
 from dpnb.results import release
 from dpnb.training import cost, features
+from dpnb.training.hosts import broadcast_from_process_0, call_on_process_0
 
 # Experiments that agree in these fields compile to the same program, so one of them is timed for all.
 PROGRAM = ("dataset", "augmult", *field_names("model"), *field_names("performance"))
@@ -168,7 +169,12 @@ def budget(e: Experiment, data: Dataset) -> str:
 
 
 def run(
-    todo: list[Experiment], data: Dataset, root: str | pathlib.Path, say=print, deadline: float | None = None
+    todo: list[Experiment],
+    data: Dataset,
+    root: str | pathlib.Path,
+    say=print,
+    deadline: float | None = None,
+    place: pathlib.Path | None = None,
 ) -> Sweep:
     """Trains what is not finished below `root`, says how long it will take, and continues after failures.
 
@@ -179,9 +185,16 @@ def run(
         seed these are in its `release/` and `private/`.
       say: prints one line.
       deadline: when to have ended, as for `dpnb.training.train`; what is not finished then is left to another call.
+      place: the directory of the run, if there is one experiment alone and not where it belongs below `root`.
+    Raises:
+      Exception: among several processes, whatever a cell raised, as they may have come apart.
     """
-    records = [*results.load(root), *results.load(root, release.FULL_RECORD)]
-    done = {e: finished(e, data, records) for e in todo}
+
+    def known():
+        records = [*results.load(root), *results.load(root, release.FULL_RECORD)]
+        return [finished(e, data, records) for e in todo]
+
+    done = dict(zip(todo, call_on_process_0(known), strict=True))
     left = [e for e in todo if done[e] is None]
     failures, costs, programs = {}, {}, {}
     say(f"{len(todo)} cells, {len(todo) - len(left)} of them finished")
@@ -197,7 +210,8 @@ def run(
     for number, e in enumerate(left, 1):
         began = time.monotonic()
         label = f"{e.name}, seed {e.seed}"
-        if deadline and number > 1 and time.monotonic() + min(took, A_MINUTE) > deadline:
+        late = deadline and number > 1 and time.monotonic() + min(took, A_MINUTE) > deadline
+        if broadcast_from_process_0(int(bool(late))):
             say(f"stopped in time before {label}; the same sweep goes on from there")
             break
         say(f"[{number}/{len(left)}] {label}")
@@ -206,17 +220,19 @@ def run(
             chosen = costs[e].chosen if e in costs else None
             if e in costs:
                 say(f"    {budget(training.calibrate(e, len(data.train)), data)}; {costs[e].form}")
-            place = directory(root, e)
-            trained = training.train(e, ready, place, programs=programs, chosen=chosen, deadline=deadline)
-            done[e] = results.save(trained, ready, place)
+            where = place or directory(root, e)
+            trained = training.train(e, ready, where, programs=programs, chosen=chosen, deadline=deadline)
+            done[e] = results.save(trained, ready, where)
             say(f"    EMA {done[e]['accuracy']['ema']:.2f} %, {trained.seconds / 60:.1f} minutes")
         except Exception as error:  # the other cells are still worth running
+            if jax.process_count() > 1:
+                raise
             failures[label] = f"{type(error).__name__}: {error}"
             say(f"    failed: {failures[label]}")
             with contextlib.suppress(OSError):  # it may be the disk that is full
-                place = directory(root, e) / ("private" if e.seed is None else "")
-                place.mkdir(mode=0o700 if e.seed is None else 0o777, parents=True, exist_ok=True)
-                (place / "failure.txt").write_text(traceback.format_exc())
+                where = (place or directory(root, e)) / ("private" if e.seed is None else "")
+                where.mkdir(mode=0o700 if e.seed is None else 0o777, parents=True, exist_ok=True)
+                (where / "failure.txt").write_text(traceback.format_exc())
         took = time.monotonic() - began
     for label, why in failures.items():
         say(f"failed: {label}: {why}")

@@ -21,7 +21,7 @@ from dpnb.training.update import draw_noise
 
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("checked_once")]
 WORKER = """
-import json, sys
+import json, os, pathlib, sys
 import jax
 port, rank, directory = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank, initialization_timeout=300)
@@ -30,8 +30,9 @@ import shared_runs
 import tiny
 from dpnb import data, training
 from dpnb.privacy.ledger import Ledger
-from dpnb.training import session
+from dpnb.training import hosts, session
 from dpnb.training.update import make_trainer, one_update
+hosts.PATIENCE = 0.5
 session.check_trainer = shared_runs.check_once(session.check_trainer)
 trainer = make_trainer(tiny.experiment(augmult=1), tiny.data(), seed=5, model=tiny.Linear(), physical_batch_size=4)
 state = trainer.state
@@ -52,6 +53,16 @@ def stream(shard, **options):
     return training.train(e, photographs, where, model=tiny.Linear(), **options)
 stream(True, stop_at_step=2)  # to go on with a divided state
 streamed = [stream(shard) for shard in (False, True)]
+apart, refused = f"{directory}/of-{rank}", []
+pathlib.Path(apart).mkdir()
+def broken():
+    raise OSError("no such disk")
+for attempt in (lambda: training.train(tiny.experiment(augmult=0), tiny.data(), apart, model=tiny.Linear()),
+                lambda: hosts.call_on_all(broken if rank else lambda: "read")):
+    try:
+        attempt()
+    except Exception as error:  # of both
+        refused.append(f"{type(error).__name__}: {error}")
 real, failed = Ledger.charge, ""
 def full(*_):
     raise OSError("disk full")
@@ -67,7 +78,7 @@ said = json.dumps({
     "examples": float(seen.examples.addressable_data(0)), "stopped": stopped.steps, "steps": run.steps,
     "trained": trained.ravel().tolist(), "accuracy": run.ema.accuracy,
     "history": [[point["step"], point["batch_size"]] for point in run.history], "events": run.events,
-    "failed": failed,
+    "failed": failed, "refused": refused, "left": sorted(os.listdir(apart)),
 })
 open(f"{directory}/said-{rank}.json", "w").write(said)  # more than fits in a pipe
 """
@@ -123,6 +134,11 @@ def test_two_processes_make_the_update_of_one_device(two_processes):
     assert first.pop("failed").startswith("OSError disk full") and "OSError: disk full" in second.pop(
         "failed"
     )
+    said = [run.pop("refused") for run in (first, second)]
+    assert all(of[0].startswith("ValueError: all processes must see one folder") for of in said)
+    assert "is not that of process 1;" in said[0][0] and first["left"] == second["left"] == []
+    assert said[0][1].startswith("AnotherProcessFailed: process 1 failed")
+    assert said[1][1] == "OSError: no such disk"
     assert first == second  # both hold the same parameters, to the bit, and the same ledger
     assert sum(event["steps"] for event in first["events"]) == 6
     trainer = make_trainer(

@@ -1,14 +1,26 @@
-"""Decisions of several processes: process 0 decides and broadcasts to all."""
+"""Decisions of several processes: process 0 decides and broadcasts to all, and what one refuses all do."""
 
+import contextlib
 import json
+import pathlib
+import secrets
+import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
+from dpnb.files import write_atomic
 
-class FirstProcessFailed(RuntimeError):
+PATIENCE = 10.0  # seconds in which a network disk shows a new file
+
+
+class AnotherProcessFailed(RuntimeError):
+    """Another process failed, and says why; this one raises it to stop, too."""
+
+
+class FirstProcessFailed(AnotherProcessFailed):
     """Process 0 failed with this error; all other processes raise it, and stop too."""
 
 
@@ -48,11 +60,60 @@ def call_on_process_0(call: Callable[[], Any]) -> Any:
 
 def any_process(flag: bool) -> bool:
     """Returns, on every process, whether the flag is set on any of them."""
+    return bool(processes_where(flag))
+
+
+def processes_where(flag: bool) -> list[int]:
+    """Returns, on every process, the numbers of those on which the flag is set; also a barrier."""
     if jax.process_count() == 1:
-        return flag
+        return [0] if flag else []
     from jax.experimental import multihost_utils
 
-    return bool(np.any(multihost_utils.process_allgather(np.array([flag], np.uint8))))
+    return np.flatnonzero(multihost_utils.process_allgather(np.array([flag], np.uint8))).tolist()
+
+
+def call_on_all(call: Callable[[], Any]) -> Any:
+    """Calls `call`, in which processes do not wait for one another, on every process, and returns each one's result.
+
+    Raises:
+      AnotherProcessFailed: where it went well, if it failed elsewhere; there, the error itself is raised.
+    """
+    value, error = None, None
+    try:
+        value = call()
+    except Exception as raised:
+        error = raised
+    failed = processes_where(error is not None)
+    if error is not None:
+        raise error
+    if failed:
+        raise AnotherProcessFailed(f"process {', '.join(map(str, failed))} failed, and says why")
+    return value
+
+
+def check_shared(folder: pathlib.Path) -> None:
+    """Checks that every process sees what process 0 writes to a folder, which exists there.
+
+    Raises:
+      ValueError: some do not; raised on all of them.
+      OSError: process 0 cannot write to it; the others raise FirstProcessFailed.
+    """
+    if jax.process_count() == 1:
+        return
+    file = folder / f".seen-by-all-{broadcast_from_process_0(secrets.randbits(63)):x}"
+    call_on_process_0(lambda: write_atomic(file, ""))
+    late = time.monotonic() + PATIENCE
+    while not (seen := file.exists()) and time.monotonic() < late:
+        time.sleep(0.2)
+    blind = processes_where(not seen)
+    with contextlib.suppress(OSError):
+        if jax.process_index() == 0:
+            file.unlink()
+    if blind:
+        raise ValueError(
+            f"all processes must see one folder, but {folder} of the first is not that of process "
+            f"{', '.join(map(str, blind))}; choose one on a disk that all hosts share (--out)"
+        )
 
 
 def _broadcast(array: np.ndarray) -> Any:

@@ -125,34 +125,29 @@ def train(
     with prepare(experiment, data, directory, **terms) as session:
         experiment, stopped, saved = session.experiment, "", time.monotonic()
         pace = Pace(deadline, session.time_to_end() if deadline else 0.0)
-        with Progress(experiment.steps, session.start) as progress:
-            try:
-                for step in range(session.start, experiment.steps):
-                    if stop_at_step is not None and step >= stop_at_step:
-                        stopped = f"stopped on purpose after {step} of {experiment.steps} updates"
-                        break
-                    if pace.is_over():
-                        stopped = (
-                            f"{STOPPED} after {step} of {experiment.steps} updates; it goes on from there"
-                        )
-                        break
-                    new, seen, stopped = session.update_and_charge()  # unseen until it is paid for
-                    if stopped:
-                        break
-                    point = curve_point(step + 1, seen, session.epsilon(step + 1))
-                    last = step + 1 == experiment.steps
-                    shown = last or (experiment.eval_every and (step + 1) % experiment.eval_every == 0)
-                    if shown:
-                        point |= accuracies(session.evaluate(new, experiment.eval_examples))
-                    # Both at once, so that an interrupted run keeps both or neither.
-                    history = [*session.history, point] if shown else session.history
-                    session.state, session.history = new, history
-                    if last or broadcast_from_process_0(int(time.monotonic() - saved > checkpoint_every)):
-                        session.save()
-                        saved = time.monotonic()
-                    progress.show(point)
-            finally:  # an interrupted run loses nothing that it paid for
-                session.save()
+        with Progress(experiment.steps, session.start) as progress, session.kept():
+            for step in range(session.start, experiment.steps):
+                if stop_at_step is not None and step >= stop_at_step:
+                    stopped = f"stopped on purpose after {step} of {experiment.steps} updates"
+                    break
+                if pace.is_over():
+                    stopped = f"{STOPPED} after {step} of {experiment.steps} updates; it goes on from there"
+                    break
+                new, seen, stopped = session.update_and_charge()  # unseen until it is paid for
+                if stopped:
+                    break
+                point = curve_point(step + 1, seen, session.epsilon(step + 1))
+                last = step + 1 == experiment.steps
+                shown = last or (experiment.eval_every and (step + 1) % experiment.eval_every == 0)
+                if shown:
+                    point |= accuracies(session.evaluate(new, experiment.eval_examples))
+                # Both at once, so that an interrupted run keeps both or neither.
+                history = [*session.history, point] if shown else session.history
+                session.state, session.history = new, history
+                if last or broadcast_from_process_0(int(time.monotonic() - saved > checkpoint_every)):
+                    session.save()
+                    saved = time.monotonic()
+                progress.show(point)
         events = call_on_process_0(session.ledger.events)
     return _finish(session, stopped, events)
 

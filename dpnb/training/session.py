@@ -32,7 +32,7 @@ from dpnb.training.checkpoints import Checkpoints
 from dpnb.training.checks import check_trainer
 from dpnb.training.curve import epsilon_spent
 from dpnb.training.evaluation import Evaluation, even_batch_size, make_evaluate
-from dpnb.training.hosts import call_on_process_0
+from dpnb.training.hosts import call_on_process_0, check_shared
 from dpnb.training.identity import computation
 from dpnb.training.preconditions import check_noise, check_outputs, check_own_model, check_size, noise_images
 from dpnb.training.replay import Payer, digest
@@ -133,6 +133,21 @@ class Session:
             notes["seconds"] = self.seconds + time.monotonic() - self.began
             self.checkpoints.save(self.state, notes)
 
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Writes a checkpoint when the block ends, after an error too, so that nothing that was paid for is lost.
+
+        After an error of one among several processes there is none, as it would wait for the others: the updates since the
+        last one are repeated, to the bit.
+        """
+        try:
+            yield
+        except BaseException:
+            if jax.process_count() == 1:
+                self.save()
+            raise
+        self.save()
+
 
 @contextlib.contextmanager
 def prepare(
@@ -161,6 +176,7 @@ def prepare(
         check_own_model(experiment)
         check_outputs(model, data)
     folder = private_folder(directory, experiment.seed is None)
+    check_shared(folder)
     mechanism = experiment.mechanism(len(data.train))
     journal = folder / "ledger.jsonl" if jax.process_index() == 0 else None
     budget = privacy.PrivacyBudget(experiment.epsilon, experiment.delta)

@@ -1,6 +1,10 @@
-"""ImageNet's two notebooks, executed on digits as JPEG files, and the program for several hosts."""
+"""ImageNet's two notebooks, executed on digits as JPEG files, and the command for several hosts."""
 
+import contextlib
 import json
+import os
+import shlex
+import signal
 import subprocess
 import sys
 
@@ -19,7 +23,7 @@ def figures(outputs):
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scratch")
-    # Less to compute, in the program for several hosts too, which takes these over.
+    # Less to compute, in the command for several hosts too, which takes these over.
     changes = {"width": 0.0625, "eval_examples": 50, "accountant": "rdp"}
     return (*execute("imagenet_from_scratch.ipynb", folder, changes=changes), folder)
 
@@ -39,30 +43,52 @@ def test_training_from_scratch(scratch):
     assert "unreadable" in record["curve"][0]
 
 
+def on_two_hosts(text, place):
+    """Starts the two commands that the notebook prints, and returns the processes."""
+    port, started = shared_runs.free_port(), []
+    for line in [line for line in text.splitlines() if line.startswith("JAX_COORDINATOR_ADDRESS=")]:
+        words = shlex.split(line.replace("HOST0:1234", f"127.0.0.1:{port}").replace("DIRECTORY", str(place)))
+        variables, at = dict(word.split("=", 1) for word in words[:3]), words.index("dpnb")
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "dpnb.cli", *words[at + 1 :]], env={**shared_runs.environment(), **variables},
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+            )
+        )  # fmt: skip
+    assert len(started) == 2
+    return started
+
+
 @pytest.mark.distributed
-def test_the_program_for_several_hosts(scratch, tmp_path):
-    """Two processes on this machine, as the notebook says; the record is the first one's."""
-    *_, folder = scratch
-    port = shared_runs.free_port()
-    command = [sys.executable, folder / "train_on_hosts.py", f"127.0.0.1:{port}", "2"]
-    processes = [
-        subprocess.Popen(
-            [*map(str, [*command, rank, tmp_path])], env=shared_runs.environment(), stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
+def test_the_command_for_several_hosts(scratch, tmp_path):
+    """Two processes on this machine, as the notebook says. The first is killed, and both are started once more."""
+    _, text, folder = scratch
+    first, second = processes = on_two_hosts(text, tmp_path)
     try:
-        said = [p.communicate(timeout=800)[0] for p in processes]
+        for line in first.stdout:
+            if line.startswith("update 1/3"):
+                break
+        os.killpg(first.pid, signal.SIGKILL)
+        said, errors = second.communicate(timeout=200)
+        assert second.returncode == 1 and not (tmp_path / "result.json").exists()
+        assert "the same command on every host goes on" in errors.splitlines()[-1] and not said
+        paid = (tmp_path / "ledger.jsonl").read_text()
+        processes += on_two_hosts(text, tmp_path)
+        (said, errors), (silence, _) = (p.communicate(timeout=800) for p in processes[2:])
+        assert [p.returncode for p in processes[2:]] == [0, 0], errors[-2000:]
     finally:
         for p in processes:
-            p.kill()
-    assert [p.returncode for p in processes] == [0, 0], said[0][-2000:]
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(p.pid, signal.SIGKILL)
     two, one = (json.loads((place / "result.json").read_text()) for place in (tmp_path, folder))
     assert two["devices"].startswith("2 x") and one["devices"].startswith("1 x")
-    assert two["privacy"] == one["privacy"] and "EMA" in said[0]
-    losses = [[point["train_loss"] for point in record["curve"]] for record in (two, one)]
-    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-4)  # the same photographs and views
+    assert two["privacy"] == one["privacy"] and two["ledger"] == one["ledger"]
+    assert "EMA" in said and not silence
+    repeated = (tmp_path / "ledger.jsonl").read_text()
+    assert repeated.startswith(paid) and repeated.count("released") == 3  # the same updates, to the bit
+    for point, alone in zip(two["curve"], one["curve"], strict=True):  # the same photographs and views
+        assert point["train_loss"] == pytest.approx(alone["train_loss"], rel=1e-4)
+    assert two["accuracy"] == one["accuracy"]
 
 
 def test_fine_tuning(tmp_path):

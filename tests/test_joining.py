@@ -1,0 +1,106 @@
+"""Where `dpnb run` finds the other processes of a run; that they train together is in test_imagenet_notebooks.py."""
+
+import contextlib
+import http.server
+import threading
+
+import pytest
+
+from dpnb import cli
+from dpnb.commands import joining
+
+JAX = {"JAX_COORDINATOR_ADDRESS": "host0:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "2"}
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_GPUS_ON_NODE": "4",
+}
+
+
+def test_nothing_is_joined_alone():
+    alone = {**SLURM, "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1"}
+    batch = {
+        name: value for name, value in SLURM.items() if "STEP" not in name
+    }  # of `sbatch`, outside of `srun`
+    one = {**JAX, "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}
+    for environment in ({}, alone, batch, one, {"TPU_WORKER_HOSTNAMES": "localhost"}):
+        assert joining.find_terms(environment) is None
+
+
+def test_jax_variables_say_it_all():
+    expected = {"coordinator_address": "host0:1234", "num_processes": 4, "process_id": 2}
+    assert joining.find_terms(JAX | SLURM) == expected | {"cluster_detection_method": "deactivate"}
+
+
+@pytest.mark.parametrize("missing", JAX)
+def test_jax_variables_are_set_together(missing):
+    given = {name: value for name, value in JAX.items() if name != missing}
+    with pytest.raises(ValueError, match=f"must be set together, but {missing} is missing"):
+        joining.find_terms(given)
+
+
+@pytest.mark.parametrize("count, rank", [("4", "4"), ("four", "0"), ("4", "-1"), ("0", "0")])
+def test_the_number_of_a_process_is_one_of_them(count, rank):
+    with pytest.raises(ValueError, match="must be one of 0"):
+        joining.find_terms({**JAX, "JAX_NUM_PROCESSES": count, "JAX_PROCESS_ID": rank})
+
+
+def test_slurm_gives_a_gpu_to_each_task_and_all_to_one_that_has_the_host():
+    assert joining.find_terms(SLURM) == {"cluster_detection_method": "slurm"}
+    hosts = joining.find_terms({**SLURM, "SLURM_STEP_NUM_TASKS": "2"})
+    assert hosts == {"cluster_detection_method": "slurm", "local_device_ids": [0, 1, 2, 3]}
+    without = {**SLURM, "SLURM_STEP_NUM_TASKS": "2", "SLURM_GPUS_ON_NODE": ""}
+    assert joining.find_terms(without) == {"cluster_detection_method": "slurm"}
+    mixed = {**SLURM, "JAX_COORDINATOR_ADDRESS": "host0:1234"}  # which JAX takes, and the rest from Slurm
+    assert joining.find_terms(mixed) == {"cluster_detection_method": "slurm"}
+
+
+@contextlib.contextmanager
+def metadata_server(answer):
+    """Says of every attribute what Google Cloud's server would say of the hosts of a TPU slice."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            known = self.headers["Metadata-Flavor"] == "Google" and answer
+            known = known and self.path.endswith("/instance/attributes/worker-network-endpoints")
+            self.send_response(200 if known else 404)
+            self.end_headers()
+            self.wfile.write(answer.encode() if known else b"")
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield {"GCE_METADATA_IP": f"127.0.0.1:{server.server_port}"}
+        finally:
+            server.shutdown()
+
+
+def test_a_tpu_slice_is_known_by_variables_or_by_google_cloud(monkeypatch):
+    assert joining.find_terms({"TPU_WORKER_HOSTNAMES": "t0,t1,t2,t3"}) == {}
+    with metadata_server("unknown:unknown:10.0.0.1,unknown:unknown:10.0.0.2") as pod:
+        assert joining.find_terms(pod) is None  # there are no chips here, so nobody is asked
+        monkeypatch.setattr(joining.glob, "glob", lambda pattern: ["/dev/accel0"])
+        assert joining.find_terms(pod) == {}
+        assert joining.find_terms({**pod, "TPU_SKIP_MDS_QUERY": "1"}) is None
+    with metadata_server("unknown:unknown:10.0.0.1") as single:
+        assert joining.find_terms(single) is None
+    with metadata_server("") as elsewhere:
+        assert joining.find_terms(elsewhere) is None
+    assert joining.find_terms({"GCE_METADATA_IP": "127.0.0.1:9"}) is None  # nobody answers
+
+
+def test_a_run_with_others_is_watched_and_a_refusal_comes_at_once(monkeypatch, capsys):
+    for name, value in JAX.items():
+        monkeypatch.setenv(name, value)
+    watched = []
+    monkeypatch.setattr(joining, "watch", lambda arguments: watched.append(arguments) or 7)
+    assert cli.main(["run", "digits/demo/eps1", "--seed", "3"]) == 7
+    assert watched == [["run", "digits/demo/eps1", "--seed", "3"]]
+    assert cli.main(["list", "digits/*"]) == 0  # which needs no others
+    monkeypatch.delenv("JAX_PROCESS_ID")
+    assert cli.main(["run", "digits/demo/eps1"]) == 2
+    assert "JAX_PROCESS_ID is missing" in capsys.readouterr().err
