@@ -222,8 +222,8 @@ def networks(preset: str) -> list[str]:
 def fits(preset: str, targets: list[str], say) -> Iterator[dict]:
     """Prints how many examples a call of each network of a preset has room for, and yields the rows."""
     from dpnb import experiments
-    from dpnb.commands.plan import CLASSES
     from dpnb.models.registry import label
+    from dpnb.results.plan import CLASSES
 
     for name in networks(preset):
         e = experiments.get(name, preset)

@@ -23,9 +23,9 @@ import warnings
 import numpy as np
 from PIL import Image
 
-from dpnb import data
+from dpnb import data, experiments
 from dpnb.data import prefetch
-from dpnb.experiments import imagenet
+from dpnb.results import plan
 
 A_CLASS = 1280  # photographs in a folder
 DIFFERENT = 32  # photographs in a folder that are files of their own; the others are hard links to them
@@ -203,10 +203,10 @@ def main() -> None:
         rate = decoding(split, args.seconds)
         reading_ahead(split)
     for views in (1, 4, 16):
-        speed = f"{imagenet.EFFECTIVE / 1e12:.0f} TFLOP/s"
-        hungry = imagenet.EFFECTIVE / (6 * imagenet.FORWARD["nf-resnet", 50, 224] * views)
+        e = experiments.get("imagenet/scratch/nf-resnet-50/eps8", augmult=views)
+        hungry = e.steps * e.expected_batch_size / 3600 / plan.on("H100", e).hours
         print(
-            f"NF-ResNet-50, K = {views}, at an assumed {speed}: {hungry:,.0f} per second, "
+            f"NF-ResNet-50, K = {views}, one H100 (computed, see `dpnb plan`): {hungry:,.0f} per second, "
             f"{hungry / rate:.1f} cores"
         )
 

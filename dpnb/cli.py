@@ -108,6 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
     add.add_argument("name", help="as `dpnb list` shows it")
     add.add_argument("--preset", choices=experiments.PRESETS, default="paper")
     add.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as for `dpnb run`")
+    add.add_argument("--devices", type=int, default=1, metavar="N", help="so many of each accelerator")
     add.add_argument("--results", default=folders.records(), help=RECORDS)
     add = commands.add_parser("table", help="paper | ours | difference")
     add.add_argument("name", help="cifar10, finetune, imagenet, digits, readme, or a shell pattern")
@@ -135,7 +136,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.command == "run" and (terms := joining.find_terms(os.environ)) is not None:
             if joining.JOINS not in os.environ:
-                return joining.watch(sys.argv[1:] if arguments is None else arguments)
+                again = [sys.executable, "-m", __spec__.name]
+                return joining.watch([*again, *(sys.argv[1:] if arguments is None else arguments)])
             joining.join(terms)
             options.joined = True
         with left_out_in_one_line():
@@ -404,9 +406,10 @@ def run(options) -> int:
 
 def plan(options) -> int:
     """Prints what an experiment would take on accelerators."""
-    from dpnb.commands.plan import report
+    from dpnb.results.plan import report
 
-    print(report(experiments.get(options.name, options.preset, **changes(options.set)), options.results))
+    e = experiments.get(options.name, options.preset, **changes(options.set))
+    print(report(e, options.results, options.devices))
     return 0
 
 

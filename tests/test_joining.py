@@ -2,6 +2,7 @@
 
 import contextlib
 import http.server
+import sys
 import threading
 
 import pytest
@@ -97,9 +98,9 @@ def test_a_run_with_others_is_watched_and_a_refusal_comes_at_once(monkeypatch, c
     for name, value in JAX.items():
         monkeypatch.setenv(name, value)
     watched = []
-    monkeypatch.setattr(joining, "watch", lambda arguments: watched.append(arguments) or 7)
+    monkeypatch.setattr(joining, "watch", lambda command: watched.append(command) or 7)
     assert cli.main(["run", "digits/demo/eps1", "--seed", "3"]) == 7
-    assert watched == [["run", "digits/demo/eps1", "--seed", "3"]]
+    assert watched == [[sys.executable, "-m", "dpnb.cli", "run", "digits/demo/eps1", "--seed", "3"]]
     assert cli.main(["list", "digits/*"]) == 0  # which needs no others
     monkeypatch.delenv("JAX_PROCESS_ID")
     assert cli.main(["run", "digits/demo/eps1"]) == 2

@@ -98,12 +98,11 @@ def join(terms: dict[str, Any]) -> None:
     print(f"joined: {jax.process_count()} processes, {jax.device_count()} x {kind}", flush=True)
 
 
-def watch(arguments: list[str]) -> int:
-    """Runs `dpnb` with these arguments in a child process that joins the others, and returns its exit status.
+def watch(command: list[str]) -> int:
+    """Runs a command of dpnb in a child process that joins the others, and returns its exit status.
 
     If it did not end by itself, because it or another one died, a sentence says so, and the status is 1.
     """
-    command = [sys.executable, "-m", "dpnb.cli", *arguments]
     child = subprocess.Popen(command, env={**os.environ, JOINS: "1"})
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to both
     signal.signal(signal.SIGTERM, lambda number, _: child.send_signal(number))

@@ -19,7 +19,11 @@ FORWARD = {
     ("nf-resnet", 50, 224): 4.031e9, ("nf-resnet-timm", 50, 224): 4.031e9, ("nf-resnet", 200, 224): 14.67e9,
     ("nfnet-f3", 0, 320): 67.09e9,
 }  # fmt: skip
-EFFECTIVE = 100e12  # FLOP/s of one H100, assumed: a tenth of its dense bfloat16 peak
+# FLOP of one view forward and backward at full scale, XLA's count, too; a multiply-add is two.
+FLOPS = {
+    ("nf-resnet", 50, 224): 23.96e9, ("nf-resnet-timm", 50, 224): 23.95e9, ("nf-resnet", 200, 224): 87.78e9,
+    ("nfnet-f3", 0, 320): 402.9e9,
+}  # fmt: skip
 EXAMPLES = {"imagenet2012": 1_281_167, "places365_small": 1_803_460}
 
 _BASE = dict(
@@ -108,16 +112,3 @@ def preset_overrides(experiment: Experiment, preset: str) -> dict:
     size, steps, every = {"smoke": (16, 3, 1), "teach": (100, 60, 10)}[preset]
     small |= dict(steps=steps, expected_batch_size=size, eval_every=every, learning_rate=0.5, ema_decay=0.9)
     return small | dict(augmult=2, physical_batch_size=4)
-
-
-def device_hours(experiment: Experiment) -> float:
-    """Hours of one H100 at 100 TFLOP/s (assumed, measured nowhere) for a cell of this table at full scale.
-
-    Forward and backward are three forward passes, a multiply-add is two FLOP; features take one forward pass
-    of every image, and their last layer nothing to speak of.
-    """
-    network, size = experiment.network, experiment.image_size
-    forward = FORWARD.get((network, experiment.depth, size)) or FORWARD[network, 0, size]
-    views = experiment.steps * experiment.expected_batch_size * max(experiment.augmult, 1)
-    passes = EXAMPLES[experiment.dataset] if experiment.on_features else 3 * views
-    return 2 * forward * passes / EFFECTIVE / 3600

@@ -7,6 +7,7 @@ import numpy as np
 
 from dpnb import experiments, privacy
 from dpnb.experiments import imagenet
+from dpnb.results import plan
 from dpnb.results.consistency import MALFORMED, changed, in_words
 from dpnb.results.store import runs_of_cell, warn_left_out
 
@@ -110,7 +111,7 @@ def status(experiment: experiments.Experiment, results: list[dict[str, Any]]) ->
     if full := runs["paper"]:
         return f"{verdict(experiment, full)} (n = {len(full)})"
     smaller = ", ".join(p for p in experiments.PRESETS if runs[p])
-    could = possibility(experiment)
+    could = possibility(experiment, results)
     return f"{could} (run at {smaller})" if smaller else could
 
 
@@ -126,15 +127,17 @@ def published(experiment: experiments.Experiment) -> str:
     return number + (f" ({others})" if others else " (unverified)" if "unverified" in source else "")
 
 
-def possibility(experiment: experiments.Experiment) -> str:
-    """Says whether an experiment can be run, and (ImageNet, Places) in how many hours of one accelerator."""
+def possibility(experiment: experiments.Experiment, records: list[dict[str, Any]] | None = None) -> str:
+    """Says whether an experiment can be run, and (ImageNet, Places) in how many hours of one accelerator, as `dpnb plan` does."""
     if experiment.impossible:
         return "impossible in public"
     if experiment.dataset not in imagenet.EXAMPLES:
         return "runnable"
-    hours = imagenet.device_hours(experiment)
-    cost = f"about {hours:,.0f} H100-hours" if hours >= 1 else f"about {60 * hours:.0f} H100-minutes"
-    return f"runnable, {cost} (assumed speed)"
+    row = plan.on("H100", experiment, records)
+    if np.isnan(row.hours):
+        return "runnable, but not on one H100"
+    cost = f"{row.hours:,.0f} H100-hours" if row.hours >= 1 else f"{60 * row.hours:.0f} H100-minutes"
+    return f"runnable, about {cost} ({row.how.partition(':')[0]})"
 
 
 def verdict(experiment: experiments.Experiment, runs: list[dict[str, Any]]) -> str:

@@ -10,6 +10,7 @@ from dpnb import experiments, results
 from dpnb.experiments import imagenet
 from dpnb.models import NFNet, NFResNet
 from dpnb.models.weights import catalogue as pretrained
+from dpnb.results import plan
 from dpnb.training import make_trainer
 
 
@@ -45,9 +46,16 @@ def test_the_papers_settings_from_scratch():
 
 
 def test_status_says_what_a_cell_costs_or_why_it_cannot_be():
-    assert results.status(experiments.get("imagenet/scratch/nf-resnet-50/eps8"), []).startswith(
-        "runnable, about 315 H100-hours"
-    )
+    cell = experiments.get("imagenet/scratch/nf-resnet-50/eps8")
+    hours = plan.on("H100", cell).hours
+    assert 100 < hours < 1000
+    assert results.status(cell, []) == f"runnable, about {hours:.0f} H100-hours (computed)"
+    ours = cell.replace(noise_multiplier=1.0)
+    measured = {
+        "devices": "1 x NVIDIA H100, jax 0", "seconds": 90 * 3600.0, "hyper_parameters": vars(ours), "experiment": cell.name,
+        "preset": "paper", "finished": "2026-11-28", "stopped": "stopped in time", "privacy": {"steps": cell.steps * 0.9},
+    }  # fmt: skip
+    assert results.status(cell, [measured]) == "runnable, about 100 H100-hours (measured)"
     impossible = experiments.get("imagenet/finetune/nfnet-f3-jft/eps0.5")
     assert results.status(impossible, []) == "impossible in public"
     assert "JFT-300M" in impossible.impossible and "places365" in impossible.impossible

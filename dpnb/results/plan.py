@@ -1,11 +1,12 @@
 """Says what a cell would take on accelerators, before one is rented."""
 
+import functools
 import json
 import pathlib
 from typing import Any, NamedTuple
 
 from dpnb import folders
-from dpnb.experiments import Experiment, get
+from dpnb.experiments import Experiment, get, imagenet
 from dpnb.models.registry import label
 
 # What benchmarks/compiled.py found with `--out`.
@@ -53,21 +54,38 @@ class Row(NamedTuple):
     how: str
 
 
-def views_of(e: Experiment) -> float:
-    """Returns the views of a whole run.
+class Work(NamedTuple):
+    """What a run computes: so many views, of `flops` each, and how to say it."""
 
+    views: float
+    flops: float
+    words: str
+
+
+def work_of(e: Experiment, flops: float | None = None) -> Work:
+    """Returns the views of a whole run, forward and backward, or the photographs that features are made of, forward.
+
+    Args:
+      flops: of one view, forward and backward, if known.
     Raises:
-      ValueError: the number of updates is not known, or the experiment trains on features.
+      ValueError: the number of updates is not known, or features of small images are all that is computed.
     """
     if e.on_features:
-        raise ValueError(
-            f"{e.name} trains on features that are computed once, which takes minutes on a CPU; run it"
-        )
+        network = e.network, e.depth, e.image_size
+        if e.dataset not in imagenet.EXAMPLES or network not in imagenet.FORWARD:
+            raise ValueError(
+                f"{e.name} trains on features that are computed once, which takes minutes on a CPU; run it"
+            )
+        images = imagenet.EXAMPLES[e.dataset]
+        return Work(images, 2 * imagenet.FORWARD[network], f"features of {images:,} photographs, once")
     if e.steps is None:
         raise ValueError(f"{e.name}: the number of updates must be known, got None; add --set steps=T")
-    return e.steps * e.expected_batch_size * max(e.augmult, 1)
+    views = e.steps * e.expected_batch_size * max(e.augmult, 1)
+    words = f"{e.steps:,} updates x {e.expected_batch_size:,} examples x {max(e.augmult, 1)} views = {views:.3g} views"
+    return Work(views, flops_of(e)[1] if flops is None else flops, words)
 
 
+@functools.cache
 def flops_of(e: Experiment) -> tuple[int, float]:
     """Returns the number of parameters, and FLOP of one view forward and backward, as XLA counts them unoptimised."""
     import jax
@@ -96,7 +114,8 @@ def measured(e: Experiment, device: Device, records: list[dict[str, Any]]) -> tu
     for r in records:
         count, _, kind = r["devices"].partition(" x ")
         if (
-            kind.startswith(device.kind)
+            r["seconds"]  # which released records of secret runs do not tell
+            and kind.startswith(device.kind)
             and count == str(device.count)
             and same_network(e, r["hyper_parameters"])
         ):
@@ -123,25 +142,25 @@ def compiled(e: Experiment, device: Device) -> dict[str, Any] | None:
     return min(found)[2] if found else None
 
 
-def rows(e: Experiment, flops: float, records: list[dict[str, Any]]) -> list[Row]:
+def rows(e: Experiment, work: Work, records: list[dict[str, Any]]) -> list[Row]:
     """Returns a row for each of `DEVICES`: from records if there are any, else computed."""
-    views, made = views_of(e), []
+    made = []
     for device in DEVICES:
-        row = compiled(e, device) or {}
+        row = {} if e.on_features else compiled(e, device) or {}
         if "refused" in row:
             made.append(
                 Row(device.name, float("nan"), None, None, f"computed: does not fit, {row['refused']}")
             )
             continue
-        if fastest := measured(e, device, records):
+        if fastest := None if e.on_features else measured(e, device, records):
             seconds, how = 1 / fastest[0], f"measured: {fastest[0]:,.0f} views a second, {fastest[1]}"
         elif "cycles_per_view" in row:
             seconds = row["cycles_per_view"] / CLOCK / device.count
             how = f"computed: {row['cycles_per_view']:,} cycles a view, the compiler's estimate, at {CLOCK / 1e9} GHz"
         else:  # what takes longer
             seconds, how = (
-                flops / device.peak / OF_PEAK,
-                f"{flops / 1e9:.3g} GFLOP a view at {OF_PEAK:.0%} of the peak",
+                work.flops / device.peak / OF_PEAK,
+                f"{work.flops / 1e9:.3g} GFLOP a view at {OF_PEAK:.0%} of the peak",
             )
             moving = row.get("bytes_per_view", 0) / device.bandwidth / OF_BANDWIDTH / device.count
             if moving > seconds:
@@ -150,30 +169,47 @@ def rows(e: Experiment, flops: float, records: list[dict[str, Any]]) -> list[Row
                     f"{row['bytes_per_view'] / 1e6:.1f} MB a view at {OF_BANDWIDTH:.0%} of the bandwidth",
                 )
             how = f"computed: {how}"
-        made.append(Row(device.name, views * seconds / 3600, row.get("examples"), row.get("memory"), how))
+        made.append(
+            Row(device.name, work.views * seconds / 3600, row.get("examples"), row.get("memory"), how)
+        )
     return made
 
 
-def report(e: Experiment, results: str | pathlib.Path) -> str:
-    """Returns the plan as text."""
-    from dpnb.results import load
+def on(device: str, e: Experiment, records: list[dict[str, Any]] | None = None) -> Row:
+    """Returns the row of one device, for a network of ImageNet's table at full size without tracing it."""
+    network = e.network, e.depth, e.image_size
+    work = work_of(e, imagenet.FLOPS.get(network))
+    return next(row for row in rows(e, work, records or []) if row.device == device)
 
-    views = views_of(e)
-    parameters, flops = flops_of(e)
+
+def report(e: Experiment, results: str | pathlib.Path, number: int = 1) -> str:
+    """Returns the plan as text, for `number` times each of `DEVICES`.
+
+    Raises:
+      ValueError: `number` is not positive, or `work_of` refuses.
+    """
+    from dpnb.results.store import load
+
+    if number < 1:
+        raise ValueError(f"the number of devices must be at least 1, got {number}")
+
+    work, (parameters, _) = work_of(e), flops_of(e)
+    way = "forward" if e.on_features else "forward and backward"
     lines = [
         f"{e.name} [{e.preset}]: {label(e)}, {parameters:,} parameters",
-        f"{e.steps:,} updates x {e.expected_batch_size:,} examples x {max(e.augmult, 1)} views = {views:.3g} views, "
-        f"{flops / 1e9:.3g} GFLOP each forward and backward: {views * flops:.3g} FLOP",
+        f"{work.words}, {work.flops / 1e9:.3g} GFLOP each {way}: {work.views * work.flops:.3g} FLOP",
         "",
-        f"{'device':<10} {'hours':>8}  {'a call':<26} how that is known",
+        f"{'device':<15} {'hours':>8}  {'a call':<26} how that is known",
     ]
-    for row in rows(e, flops, load(results)):
+    for row in rows(e, work, load(results)):
+        row = row._replace(hours=row.hours / number, device=f"{number} x " * (number > 1) + row.device)
         call = f"{row.examples} examples, {row.memory / 1e9:.1f} GB" if row.examples else "-"
         hours = f"{row.hours:,.0f}" if row.hours >= 10 else f"{row.hours:.2g}"
-        lines.append(f"{row.device:<10} {hours:>8}  {call:<26} {row.how}")
+        lines.append(f"{row.device:<15} {hours:>8}  {call:<26} {row.how}")
     lines += [
         "",
-        "Updates alone: compilation, reading and evaluation come on top. What is computed was not measured. The shares of peak and",
-        "bandwidth are those of WRN-16-4 on an H100, measured once (docs/performance.md).",
+        f"{'That' if e.on_features else 'Updates'} alone: compilation, reading and evaluation come on top. What is computed was not",
+        "measured. The shares of peak and bandwidth are those of WRN-16-4 on an H100, measured once (docs/performance.md).",
     ]
+    lines += ["Several devices are assumed to share the views without loss."] * (number > 1)
     return "\n".join(lines)
