@@ -265,43 +265,60 @@ def by_notebook(options) -> bool:
     return not e.on_features and "/finetune/" not in options.name
 
 
-def run_sweep(options) -> int:
-    """Every cell of a pattern, in this process: no notebooks, the same records."""
-    from dpnb import data, results, sweep
-    from dpnb.training import hosts, pace
+def place_of(options) -> pathlib.Path:
+    """Returns the directory of one run by its notebook: what was asked for, or where it belongs below `runs`."""
+    from dpnb import sweep
+
+    e = experiments.get(options.name, options.preset, seed=seed_of(options), **changes(options.set))
+    return options.out or sweep.directory("runs", e)
+
+
+def cells_of(options) -> tuple[list[Experiment], bool]:
+    """Returns the runs of a sweep, and whether they read digits in place of photographs.
+
+    Raises:
+      KeyError, ValueError, TypeError: nothing matches, or it cannot be run so.
+    """
+    from dpnb import sweep
 
     if options.secret_seed and several(options):
         raise ValueError(
             "a sweep has published seeds, got --secret-seed; run one experiment at a time with it"
         )
-    asked, end = changes(options.set), pace.deadline(options.minutes)
-    seeds = 1 if options.seeds is None else options.seeds
-    plan = functools.partial(sweep.plan, options.name, options.preset, seeds)
-    todo, root, place = plan(data_note=options.data_note, **asked), options.out or pathlib.Path("runs"), None
-    if by_notebook(options):
-        root = options.out or sweep.directory(
-            "runs", experiments.get(options.name, options.preset, seed=seed_of(options), **asked)
-        )
-        place = root  # where the notebook puts it, which goes on with it
+    asked, seeds = changes(options.set), 1 if options.seeds is None else options.seeds
+    plan = functools.partial(sweep.plan, options.name, options.preset, seeds, data_note=options.data_note)
+    todo = plan(**asked)
+    given = options.data_dir or "dataset" in asked
+    if embedded := options.preset == "smoke" and bool(todo[0].image_size) and not given:
+        todo = plan(**asked, dataset="digits")
+    if options.seeds is None:
+        todo = [e.replace(seed=seed_of(options)) for e in todo]
+    if len({(e.dataset, e.image_size) for e in todo}) > 1:
+        raise ValueError(f"a sweep reads one data set, got those of {options.name!r}; narrow the pattern")
+    if impossible := [e for e in todo if e.impossible and options.preset == "paper"]:
+        raise ValueError(f"{impossible[0].name} cannot be run in public: {impossible[0].impossible}")
+    return todo, embedded
+
+
+def run_sweep(options) -> int:
+    """Every cell of a pattern, in this process: no notebooks, the same records."""
+    from dpnb import data, results, sweep
+    from dpnb.training import hosts, pace
+
+    end, (todo, embedded) = pace.deadline(options.minutes), cells_of(options)
+    # Where its notebook puts a run, it goes on among several processes.
+    place = place_of(options) if by_notebook(options) else None
+    root = place or options.out or pathlib.Path("runs")
     hosts.call_on_process_0(lambda: str(writable_folder(root)))  # before hours are spent
     hosts.check_shared(root)
-    if options.preset == "smoke" and todo[0].image_size and not options.data_dir and "dataset" not in asked:
+    if embedded:
         from dpnb.data import stand_ins
 
         options.data_dir = root / "photographs"
         hosts.call_on_process_0(lambda: str(stand_ins.write_stand_ins("digits", options.data_dir)))
         print(f"no --data-dir: digits, as JPEG files below {options.data_dir}")
-        todo = plan(data_note=options.data_note, dataset="digits", **asked)
-    if options.seeds is None:
-        todo = [e.replace(seed=seed_of(options)) for e in todo]
-    datasets = {(e.dataset, e.image_size) for e in todo}
-    if len(datasets) > 1:
-        raise ValueError(f"a sweep reads one data set, got those of {options.name!r}; narrow the pattern")
-    dataset, image_size = datasets.pop()
-    if impossible := [e for e in todo if e.impossible and options.preset == "paper"]:
-        raise ValueError(f"{impossible[0].name} cannot be run in public: {impossible[0].impossible}")
     read = functools.partial(
-        data.load, dataset, image_size=image_size, data_dir=options.data_dir or None,
+        data.load, todo[0].dataset, image_size=todo[0].image_size, data_dir=options.data_dir or None,
         file=options.data_file or None, validation=todo[0].validation, note=options.data_note,
     )  # fmt: skip
     loaded = hosts.call_on_all(read)
@@ -358,8 +375,6 @@ def run_study(options) -> int:
 
 def run(options) -> int:
     """Executes the notebook of one experiment or study with papermill, or hands several to `run_sweep`."""
-    from dpnb import sweep
-
     if options.name in STUDY_NOTEBOOKS and options.joined:
         options.name += "/*"
     if options.name in STUDY_NOTEBOOKS:
@@ -373,9 +388,7 @@ def run(options) -> int:
     from dpnb.training import pace
 
     pace.deadline(options.minutes)  # refuses before it starts
-    asked, seed = changes(options.set), seed_of(options)
-    e = experiments.get(options.name, options.preset, seed=seed, **asked)  # refuses before it starts
-    out = options.out or sweep.directory("runs", e)
+    asked, seed, out = changes(options.set), seed_of(options), place_of(options)  # refuses before it starts
     parameters = dict(
         experiment=options.name, preset=options.preset, seed=seed, changes=asked, **data_parameters(options),
         output_dir=str(out.absolute()), minutes=options.minutes,
@@ -383,12 +396,12 @@ def run(options) -> int:
     name = NOTEBOOKS_OF.get("/".join([first, *rest[:1]]), NOTEBOOKS_OF.get(first, NOTEBOOK))
     notebook = notebook_of(name)
     # The executed notebook of a secret run shows training images; a copy without them comes beside the weights.
-    private = private_folder(writable_folder(out), e.seed is None)
+    private = private_folder(writable_folder(out), seed is None)
     executed = execute(notebook, parameters, out=out, kept=private)
     from dpnb import results
     from dpnb.results import release
 
-    released = e.seed is None and (out / "release").is_dir()  # not without a privacy claim
+    released = seed is None and (out / "release").is_dir()  # not without a privacy claim
     folder = out / "release" if released else private
     record = folder / release.RECORD
     made = json.loads(record.read_text())

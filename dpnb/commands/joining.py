@@ -110,8 +110,8 @@ def watch(command: list[str]) -> int:
     if status >= 0:
         return status
     print(
-        f"dpnb: the process on {socket.gethostname()} was ended by {signal.Signals(-status).name}: it died, or another one did and "
-        "ended all (above, or on the other hosts, stands why); the same command on every host goes on from the last checkpoint",
+        f"dpnb: the process on {socket.gethostname()} was ended by {signal.Signals(-status).name}: it died, or another one did or "
+        "never came, which ends all (above, or on the other hosts, stands why); the same command on every host goes on from the last checkpoint",
         file=sys.stderr,
     )
     return 1
