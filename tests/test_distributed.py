@@ -136,7 +136,8 @@ def test_two_processes_make_the_update_of_one_device(two_processes):
     )
     said = [run.pop("refused") for run in (first, second)]
     assert all(of[0].startswith("ValueError: all processes must see one folder") for of in said)
-    assert "is not that of process 1;" in said[0][0] and first["left"] == second["left"] == []
+    assert "of-0 was not seen by process 1;" in said[0][0] and said[0][0] == said[1][0]
+    assert first["left"] == second["left"] == []
     assert said[0][1].startswith("AnotherProcessFailed: process 1 failed")
     assert said[1][1] == "OSError: no such disk"
     assert first == second  # both hold the same parameters, to the bit, and the same ledger

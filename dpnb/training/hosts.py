@@ -110,8 +110,9 @@ def check_shared(folder: pathlib.Path) -> None:
         if jax.process_index() == 0:
             file.unlink()
     if blind:
+        first = call_on_process_0(lambda: str(folder.absolute()))
         raise ValueError(
-            f"all processes must see one folder, but {folder} of the first is not that of process "
+            f"all processes must see one folder, but what the first wrote to {first} was not seen by process "
             f"{', '.join(map(str, blind))}; choose one on a disk that all hosts share (--out)"
         )
 
