@@ -2,13 +2,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 LAB_OPTIONS ?=
+BUNDLE_OPTIONS ?=
 BIN := $(VENV)/bin
 COVERAGE := import sys; print("--cov --cov-report=term" if sys.version_info >= (3, 12) else "")
 WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 
 CONSTRAINTS := --constraint constraints.txt
 
-.PHONY: demo test test-fast test-newest lab lint compiled constraints clean
+.PHONY: demo test test-fast test-newest lab lint compiled bundle constraints clean
 
 # The main job on an embedded data set, at three budgets: no download, about a minute after installation.
 demo: $(VENV)/.demo
@@ -44,6 +45,11 @@ compiled: $(VENV)/.test .compilers/.installed
 	$(BIN)/python -m pip install -q --no-deps --upgrade --target .compilers \
 		$$($(BIN)/python benchmarks/compiled.py --requirements)
 	touch $@
+
+# All that a machine without a network needs, in the folder `bundle`: see benchmarks/bundle.py for the options.
+bundle: $(VENV)/.demo
+	$(BIN)/python -m pip install -q uv
+	$(BIN)/python benchmarks/bundle.py bundle $(BUNDLE_OPTIONS)
 
 lab: $(VENV)/.lab
 	$(BIN)/jupyter lab $(LAB_OPTIONS) notebooks

@@ -38,6 +38,7 @@ from dpnb.training.update import draw_noise
 # name: (compute dtype, precision of matrix products)
 PRECISIONS = {
     "bfloat16": ("bfloat16", None),
+    "float16": ("float16", None),  # what GPUs before Ampere have units for
     "tf32": ("float32", "tensorfloat32"),
     "float32": ("float32", "highest"),
 }
@@ -54,10 +55,11 @@ def seconds(call, rounds: int) -> float:
     return float(np.median(times))
 
 
-def ceilings(side: int, rounds: int) -> dict[str, float]:
+def ceilings(side: int, rounds: int, precisions=tuple(PRECISIONS)) -> dict[str, float]:
     """FLOP/s of a square matrix product on random data in each precision, bytes/s of a copy (read + written)."""
     found = {}
-    for name, (dtype, precision) in PRECISIONS.items():
+    for name in precisions:
+        dtype, precision = PRECISIONS[name]
         a, b = (jax.random.normal(jax.random.key(i), (side, side), dtype) for i in range(2))
         product = jax.jit(functools.partial(jnp.matmul, precision=precision))
         found[name] = 2 * side**3 / seconds(lambda f=product, a=a, b=b: f(a, b), rounds)
