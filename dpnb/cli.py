@@ -370,7 +370,22 @@ def run_study(options) -> int:
     kept = writable_folder(root / options.name)
     executed = execute(notebook, {n: v for n, v in given.items() if n in known}, out=kept, kept=kept)
     print(f"notebook: {executed}")
-    return 0
+    return study_status(cells, root, options)
+
+
+def study_status(cells: str, root: pathlib.Path, options) -> int:
+    """Returns the exit status of a study: 3 if it was to end in time, and cells are left for the same command, else 0."""
+    from dpnb import results, sweep
+
+    planned = sweep.plan(
+        cells, options.preset, 1 if options.seeds is None else options.seeds, **changes(options.set)
+    )
+    made = results.load(root) if options.minutes else []
+    left = [e for e in planned if not any(r["seed"] == e.seed for r in results.matching_records(e, made))]
+    if not options.minutes or not left:
+        return 0
+    print(f"{len(left)} of {len(planned)} runs are left; the same command goes on")
+    return 3
 
 
 def run(options) -> int:

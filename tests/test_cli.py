@@ -264,6 +264,19 @@ def test_status_3_means_that_the_same_command_goes_on(stopped, failures, planned
     assert cli.sweep_status(made, planned) == status
 
 
+@pytest.mark.parametrize("minutes, finished, status", [
+    (None, (), 0), (5.0, ("eps1",), 3), (5.0, ("eps1", "eps3", "eps8", "not-private"), 0)
+])  # fmt: skip
+def test_a_study_that_ends_in_time_says_so(minutes, finished, status, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(results, "load", lambda root: [{"seed": 0}])
+    monkeypatch.setattr(
+        results, "matching_records", lambda e, made: made * e.name.endswith(finished or ("-",))
+    )
+    options = types.SimpleNamespace(preset="smoke", seeds=None, set=[], minutes=minutes)
+    assert cli.study_status("digits/demo/*", tmp_path, options) == status
+    assert ("3 of 4 runs are left" in capsys.readouterr().out) == (status == 3)
+
+
 @pytest.mark.parametrize("minutes", ["0", "-1", "nan"])
 def test_minutes_are_refused_before_anything_starts(minutes, capsys):
     assert cli.main(["run", "digits/wrn-10-1", f"--minutes={minutes}"]) == 2

@@ -151,6 +151,22 @@ def test_colab_set_up_does_nothing_elsewhere(monkeypatch):
     exec(setup.source, {})
 
 
+@pytest.mark.parametrize(
+    "output_dir, mounted", [("/content/drive/MyDrive/dpnb", 1), ("", 0), ("runs", 0), (None, 0)]
+)
+def test_colab_set_up_mounts_the_drive_where_runs_go_there(output_dir, mounted, monkeypatch):
+    """With dpnb installed already; None: a notebook without runs."""
+    drive, mounts = types.ModuleType("google.colab.drive"), []
+    drive.mount = mounts.append
+    colab = types.ModuleType("google.colab")
+    colab.drive = drive
+    for name, module in (("google", types.ModuleType("google")), ("google.colab", colab)):
+        monkeypatch.setitem(sys.modules, name, module)
+    (setup,) = tagged("colab")
+    exec(setup.source, {} if output_dir is None else {"output_dir": output_dir})
+    assert mounts == ["/content/drive"] * mounted
+
+
 def test_privacy_statement_is_the_last_that_is_computed():
     assert "results.statement(" in CODE[-1].source and "display(" in CODE[-1].source
     heading = [c.source for c in NOTEBOOK.cells if c.cell_type == "markdown" and c.source.startswith("## ")][
