@@ -376,12 +376,18 @@ def run_study(options) -> int:
 def study_status(cells: str, root: pathlib.Path, options) -> int:
     """Returns the exit status of a study: 3 if it was to end in time, and cells are left for the same command, else 0."""
     from dpnb import results, sweep
+    from dpnb.training import pace
 
-    planned = sweep.plan(
-        cells, options.preset, 1 if options.seeds is None else options.seeds, **changes(options.set)
-    )
+    seeds = 1 if options.seeds is None else options.seeds
+    planned = sweep.plan(cells, options.preset, seeds, **changes(options.set))
     made = results.load(root) if options.minutes else []
-    left = [e for e in planned if not any(r["seed"] == e.seed for r in results.matching_records(e, made))]
+
+    def over(e):  # finished, or ended for another reason than time
+        same = [r for r in made if (r["experiment"], r["preset"]) == (e.name, e.preset)]
+        ended = [r for r in same if not r["stopped"].startswith(pace.STOPPED)]
+        return any(r["seed"] == e.seed for r in [*ended, *results.matching_records(e, made)])
+
+    left = [e for e in planned if not over(e)]
     if not options.minutes or not left:
         return 0
     print(f"{len(left)} of {len(planned)} runs are left; the same command goes on")
