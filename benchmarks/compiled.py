@@ -157,12 +157,12 @@ class Cell:
 
 def amount(target: str, made: Compiled) -> float:
     """Millions of cycles a call, or millions of bytes."""
-    return (made.program.cycles if TARGETS[target].name.startswith("TPU") else made.program.moved) / 1e6
+    return (made.program.cycles if TARGETS[target].is_tpu else made.program.moved) / 1e6
 
 
 def per_view(target: str, made: Compiled, views: int) -> str:
     much = amount(target, made)
-    if TARGETS[target].name.startswith("TPU"):
+    if TARGETS[target].is_tpu:
         return f"{much:8.2f} Mcycles a call"
     kernels = sum(1 for _ in made.program.kernels())
     return f"{much / views:8.2f} MB a view, {kernels:5} kernels"
@@ -198,7 +198,7 @@ def main_table(target: str, formulations: list[str], say) -> dict[str, float]:
     update = cell.update()
     row("update of all weights", update)
     ratio, made = best
-    if TARGETS[target].name.startswith("TPU"):
+    if TARGETS[target].is_tpu:
         return {f"{target}_mcycles": amount(target, made), f"{target}_ratio": ratio}
     found = {f"{target}_ratio": ratio, f"{target}_mb": amount(target, made) / views}
     return found | {f"{target}_f32_calls": made.program.convolutions(f32)}
@@ -244,8 +244,9 @@ def fits(preset: str, targets: list[str], say) -> Iterator[dict]:
 
 def room(cell: Cell) -> dict:
     """The largest call that fits, in examples that are a power of two, of at most `MOST_VIEWS`."""
-    platform, views = cell.mesh.devices.flat[0].platform, max(cell.experiment.augmult, 1)
-    examples, why = 2 ** max(0, (MOST_VIEWS[platform] // views).bit_length() - 1), ""
+    is_tpu, views = cell.target.is_tpu, max(cell.experiment.augmult, 1)
+    most = MOST_VIEWS["tpu" if is_tpu else "gpu"]
+    examples, why = 2 ** max(0, (most // views).bit_length() - 1), ""
     while examples:
         try:
             made = cell.accumulate(examples)
@@ -255,8 +256,8 @@ def room(cell: Cell) -> dict:
                 raise
         else:
             if made.memory <= SHARE * cell.target.memory:
-                much = made.program.cycles if platform == "tpu" else made.program.moved
-                unit = "cycles" if platform == "tpu" else "bytes"
+                much = made.program.cycles if is_tpu else made.program.moved
+                unit = "cycles" if is_tpu else "bytes"
                 per_view = much / (examples * views)
                 return {
                     "examples": examples,

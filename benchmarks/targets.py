@@ -58,6 +58,10 @@ class Target:
     memory: int
     describe: Callable
 
+    @property
+    def is_tpu(self) -> bool:
+        return self.name.startswith("TPU")
+
     def mesh(self):
         """Returns the mesh of the target's devices."""
         import jax
