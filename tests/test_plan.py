@@ -141,6 +141,19 @@ def test_the_command(compiled, capsys):
     assert "features of 1,281,167 photographs, once, 8.06 GFLOP each forward:" in capsys.readouterr().out
 
 
+def test_the_hours_of_imagenet_in_the_documents_are_those_of_the_command():
+    """From the committed programs; to the last digit that is shown."""
+    text = (shared_runs.ROOT / "docs" / "scale.md").read_text()
+    shown = dict(re.findall(r"^\| ([\w -]+?)(?: \(80 GB\))? \| [^|]*\| ([\d.,]+ \| [\d.,]+) \|", text, re.M))
+    e = experiments.get("imagenet/scratch/nf-resnet-50/eps8")
+    rows = plan.rows(e, plan.work_of(e), [])
+
+    def said(hours):
+        return f"{hours:,.0f}" if hours >= 10 else f"{hours:.2g}"
+
+    assert shown == {row.device: f"{said(row.hours)} | {said(row.hours / 32)}" for row in rows}
+
+
 def test_several_devices_share_the_views(compiled, capsys, tmp_path):
     """One H100 takes 0.28 hours for this run (see above), four a quarter of it."""
     for number, hours in (("1", "0.28"), ("4", "0.071")):
