@@ -7,13 +7,14 @@ OUT/speed.json gets the microseconds that one view takes in each formulation of 
 of the same views (the floor) and the share of the device's measured matrix peak.  It is not measured again on such a device.  With
 the minutes that are left, cells are trained one after another: first what an earlier sitting began, then the one with the most
 views that still fits; if none does, the one with the fewest is begun, and goes on in the next sitting.  Checkpoints, records
-and weights are in OUT/runs, compiled programs in OUT/compiled.
+and weights are in OUT/runs/NAME/PRESET-seed0, compiled programs in OUT/compiled.
 """
 
 import argparse
 import json
 import pathlib
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 from accelerator import ceilings
 from clipped_gradient import compiled
 
-from dpnb import data, experiments
+from dpnb import data, experiments, sweep
 from dpnb.data import Dataset
 from dpnb.experiments import Experiment
 from dpnb.files import write_atomic
@@ -152,7 +153,7 @@ def candidates(
             continue
         ratio = flops_of(e)[1] / speed["flops_per_view"]
         seconds = work_of(e).views * fastest(speed) * 1e-6 * ratio * SLOWER + OVERHEAD
-        found[name] = Candidate(e, seconds, state_of(runs / name))
+        found[name] = Candidate(e, seconds, state_of(sweep.directory(runs, e)))
     return list(found.values())
 
 
@@ -204,30 +205,34 @@ def main(argv=None) -> int:
     share = SHARE_OF_MINUTES * (end - time.monotonic())
     speed = measure(like, images, speed, time.monotonic() + share)
     write_atomic(file, json.dumps(speed, indent=1) + "\n")
+    if not any("us_per_view" in row for row in speed["formulations"].values()):
+        print("no time was left to measure anything; the same command goes on")
+        return 3
     print(f"{here}: {fastest(speed):.4g} us a view, written to {file}", flush=True)
+    failed: set[str] = set()
     while True:
         found, left = (
             candidates(args.cells, args.preset, images, speed, args.out / "runs"),
             end - time.monotonic(),
         )
-        chosen = choose(found, left)
-        if chosen is None or left < OVERHEAD / 2:
-            print("every cell is finished" if chosen is None else "no time is left for another cell")
-            return 0 if chosen is None else 3
+        chosen = choose([c for c in found if c.experiment.name not in failed], left)
+        if chosen is None:
+            print(f"failed: {', '.join(sorted(failed))}" if failed else "every cell is finished")
+            return 1 if failed else 0
+        if left < OVERHEAD / 2:
+            print("no time is left for another cell; the same command goes on")
+            return 3
         e = chosen.experiment
         print(f"{e.name}: {cost.duration(chosen.seconds)} in all, {cost.duration(left)} left", flush=True)
-        given = [
-            e.name,
-            str(args.out / "runs" / e.name),
-            "--preset",
-            args.preset,
-            "--minutes",
-            str(left / 60),
-        ]
+        given = [e.name, str(sweep.directory(args.out / "runs", e)), "--preset", args.preset]
+        given += ["--minutes", str(left / 60)] + (["--data-file", args.data_file] if args.data_file else [])
         try:
-            cell.main(given + (["--data-file", args.data_file] if args.data_file else []))
+            cell.main(given)
         except SystemExit as stopped:
             return int(stopped.code or 0)
+        except Exception:  # the others are still worth the minutes
+            traceback.print_exc()
+            failed.add(e.name)
 
 
 if __name__ == "__main__":

@@ -136,9 +136,16 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.command == "run" and (terms := joining.find_terms(os.environ)) is not None:
             if joining.JOINS not in os.environ:
-                again = [sys.executable, "-m", __spec__.name]
-                return joining.watch([*again, *(sys.argv[1:] if arguments is None else arguments)])
-            joining.join(terms)
+                # With the path of this process: a module of the working directory must not take part.
+                again = f"import sys; sys.path[:] = {sys.path!r}; from {__spec__.name} import main; sys.exit(main())"
+                words = sys.argv[1:] if arguments is None else arguments
+                return joining.watch([sys.executable, "-c", again, *words])
+            from dpnb import sweep  # noqa: F401  imports take long, and others wait for seconds only
+
+            asked = {
+                name: str(value) for name, value in vars(options).items() if not name.startswith("data_")
+            }
+            joining.join(terms, json.dumps(asked))
             options.joined = True
         with left_out_in_one_line():
             return run_command[options.command](options)
@@ -162,7 +169,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"dpnb: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("dpnb: stopped; the same command goes on where it stopped", file=sys.stderr)
+        where = "from its last checkpoint" if options.joined else "where it stopped"
+        print(f"dpnb: stopped; the same command goes on {where}", file=sys.stderr)
         return 130
     return 2
 
@@ -353,8 +361,6 @@ def run_study(options) -> int:
     """Executes the notebook of a study, which trains what is not finished and shows tables and figures."""
     from dpnb import sweep
 
-    if options.secret_seed or options.seed:
-        raise ValueError("a study runs the published seeds 0 ... N - 1 of each cell; choose N with --seeds")
     cells, seeds = f"{options.name}/*", 1 if options.seeds is None else options.seeds
     asked = changes(options.set)
     sweep.plan(cells, options.preset, seeds, **asked)  # refuses before it starts
@@ -396,10 +402,14 @@ def study_status(cells: str, root: pathlib.Path, options) -> int:
 
 def run(options) -> int:
     """Executes the notebook of one experiment or study with papermill, or hands several to `run_sweep`."""
-    if options.name in STUDY_NOTEBOOKS and options.joined:
-        options.name += "/*"
     if options.name in STUDY_NOTEBOOKS:
-        return run_study(options)
+        if options.secret_seed or options.seed:
+            raise ValueError(
+                "a study runs the published seeds 0 ... N - 1 of each cell; choose N with --seeds"
+            )
+        if not options.joined:
+            return run_study(options)
+        options.name += "/*"
     first, *rest = options.name.split("/")
     if first == "pretrain" and options.secret_seed:
         raise ValueError("pre-training promises no privacy, so its seed is public; leave out --secret-seed")

@@ -17,7 +17,7 @@ from dpnb.files import shortened
 from dpnb.models import weights
 from dpnb.results import release
 from dpnb.training import cost, features
-from dpnb.training.hosts import broadcast_from_process_0, call_on_process_0
+from dpnb.training.hosts import broadcast_from_process_0, call_on_all, call_on_process_0, have_come_apart
 
 # Experiments that agree in these fields compile to the same program, so one of them is timed for all.
 PROGRAM = ("dataset", "augmult", *field_names("model"), *field_names("performance"))
@@ -145,11 +145,15 @@ def predict(
     for e in todo:
         key = tuple(getattr(e, name) for name in PROGRAM)
         try:
-            ready = training.calibrate(e, len(data.train))
+            ready, images = call_on_all(
+                lambda e=e: (training.calibrate(e, len(data.train)), features.prepare(e, data))
+            )
             if key not in measured:
-                made = cost.predict(ready, features.prepare(e, data), repeats=1, programs=programs)
+                made = cost.predict(ready, images, repeats=1, programs=programs)
                 measured[key] = ready, made
-        except Exception:
+        except Exception as error:
+            if have_come_apart(error):
+                raise
             continue
         like, known = measured[key]
         times = ready.steps * ready.expected_batch_size / (like.steps * like.expected_batch_size)
@@ -187,7 +191,7 @@ def run(
       deadline: when to have ended, as for `dpnb.training.train`; what is not finished then is left to another call.
       place: the directory of the run, if there is one experiment alone and not where it belongs below `root`.
     Raises:
-      Exception: among several processes, whatever a cell raised, as they may have come apart.
+      Exception: among several processes, what a cell raised on one of them alone, as they have come apart.
     """
 
     def known():
@@ -216,7 +220,7 @@ def run(
             break
         say(f"[{number}/{len(left)}] {label}")
         try:
-            ready = features.prepare(e, data)
+            ready = call_on_all(lambda e=e: features.prepare(e, data))
             chosen = costs[e].chosen if e in costs else None
             if e in costs:
                 say(f"    {budget(training.calibrate(e, len(data.train)), data)}; {costs[e].form}")
@@ -225,7 +229,7 @@ def run(
             done[e] = results.save(trained, ready, where)
             say(f"    EMA {done[e]['accuracy']['ema']:.2f} %, {trained.seconds / 60:.1f} minutes")
         except Exception as error:  # the other cells are still worth running
-            if jax.process_count() > 1:
+            if have_come_apart(error):
                 raise
             failures[label] = f"{type(error).__name__}: {error}"
             say(f"    failed: {failures[label]}")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -104,7 +105,8 @@ def test_a_sitting_goes_on_and_ends_in_time(monkeypatch, tmp_path, capsys):
 
     def train(arguments):
         trained.append(arguments[0])
-        run = tmp_path / "runs" / arguments[0]
+        run = pathlib.Path(arguments[1])
+        assert run == tmp_path / "runs" / arguments[0] / "paper-seed0"
         run.mkdir(parents=True, exist_ok=True)
         (run / "ledger.jsonl").touch()
         if len(trained) == 2:
@@ -113,7 +115,7 @@ def test_a_sitting_goes_on_and_ends_in_time(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(sitting.cell, "main", train)
     monkeypatch.setattr(sitting, "candidates", lambda *given: [
-        candidate(f"cifar10/wrn-16-4/eps{e}", 100.0 * e, sitting.state_of(tmp_path / "runs" / f"cifar10/wrn-16-4/eps{e}"))
+        candidate(f"cifar10/wrn-16-4/eps{e}", 100.0 * e, sitting.state_of(tmp_path / "runs" / f"cifar10/wrn-16-4/eps{e}" / "paper-seed0"))
         for e in (1, 3)
     ])  # fmt: skip
     arguments = [str(tmp_path), "--like", "digits/wrn-10-1", "--minutes"]
@@ -123,6 +125,33 @@ def test_a_sitting_goes_on_and_ends_in_time(monkeypatch, tmp_path, capsys):
     assert trained == [f"cifar10/wrn-16-4/eps{e}" for e in (1, 3, 3)]
     assert json.loads((tmp_path / "speed.json").read_text())["device"] == "x"
     assert "every cell is finished" in capsys.readouterr().out
+    monkeypatch.setattr(sitting, "measure", lambda *_: {"formulations": {"auto": {"why": sitting.LATE}}})
+    assert sitting.main([*arguments, "4"]) == 3 and "no time was left to measure" in capsys.readouterr().out
+
+
+def test_a_cell_that_fails_does_not_cost_the_others_their_minutes(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sitting.jax.config, "update", lambda *_: None)
+    monkeypatch.setattr(
+        sitting, "measure", lambda e, *_: {**SPEED, "device": "x", "like": e.name, "preset": e.preset}
+    )
+    trained = []
+
+    def train(arguments):
+        trained.append(arguments[0])
+        if len(trained) == 1:
+            raise ValueError("another experiment's run is there")
+
+    def cells(*_):
+        finished = {name: "finished" for name in trained[1:]}
+        names = [f"cifar10/wrn-16-4/eps{e}" for e in (1, 3)]
+        return [candidate(name, 100.0, finished.get(name, "")) for name in names]
+
+    monkeypatch.setattr(sitting.cell, "main", train)
+    monkeypatch.setattr(sitting, "candidates", cells)
+    assert sitting.main([str(tmp_path), "--like", "digits/wrn-10-1", "--minutes", "4"]) == 1
+    assert trained == ["cifar10/wrn-16-4/eps1", "cifar10/wrn-16-4/eps3"]
+    said = capsys.readouterr()
+    assert "another experiment's run is there" in said.err and "failed: cifar10/wrn-16-4/eps1" in said.out
 
 
 SCRIPT = "import sys, dpnb; print(dpnb.__file__, *sys.argv[1:])"

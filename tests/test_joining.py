@@ -2,10 +2,15 @@
 
 import contextlib
 import http.server
+import pathlib
+import signal
+import subprocess
 import sys
 import threading
+import time
 
 import pytest
+import shared_runs
 
 from dpnb import cli
 from dpnb.commands import joining
@@ -25,7 +30,8 @@ def test_nothing_is_joined_alone():
         name: value for name, value in SLURM.items() if "STEP" not in name
     }  # of `sbatch`, outside of `srun`
     one = {**JAX, "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}
-    for environment in ({}, alone, batch, one, {"TPU_WORKER_HOSTNAMES": "localhost"}):
+    own = {**SLURM, "JAX_NUM_PROCESSES": "1"}  # a run of its own among others
+    for environment in ({}, own, alone, batch, one, {"TPU_WORKER_HOSTNAMES": "localhost"}):
         assert joining.find_terms(environment) is None
 
 
@@ -45,6 +51,12 @@ def test_jax_variables_are_set_together(missing):
 def test_the_number_of_a_process_is_one_of_them(count, rank):
     with pytest.raises(ValueError, match="must be one of 0"):
         joining.find_terms({**JAX, "JAX_NUM_PROCESSES": count, "JAX_PROCESS_ID": rank})
+
+
+@pytest.mark.parametrize("address", ["host0", "host0:", "host0:x"])
+def test_the_first_process_has_a_port(address):
+    with pytest.raises(ValueError, match="must be HOST:PORT"):
+        joining.find_terms({**JAX, "JAX_COORDINATOR_ADDRESS": address})
 
 
 def test_slurm_gives_a_gpu_to_each_task_and_all_to_one_that_has_the_host():
@@ -100,8 +112,52 @@ def test_a_run_with_others_is_watched_and_a_refusal_comes_at_once(monkeypatch, c
     watched = []
     monkeypatch.setattr(joining, "watch", lambda command: watched.append(command) or 7)
     assert cli.main(["run", "digits/demo/eps1", "--seed", "3"]) == 7
-    assert watched == [[sys.executable, "-m", "dpnb.cli", "run", "digits/demo/eps1", "--seed", "3"]]
+    (command,) = watched
+    assert command[:2] == [sys.executable, "-c"] and command[3:] == ["run", "digits/demo/eps1", "--seed", "3"]
+    assert f"sys.path[:] = {sys.path!r}; from dpnb.cli import main" in command[2]
     assert cli.main(["list", "digits/*"]) == 0  # which needs no others
     monkeypatch.delenv("JAX_PROCESS_ID")
     assert cli.main(["run", "digits/demo/eps1"]) == 2
     assert "JAX_PROCESS_ID is missing" in capsys.readouterr().err
+
+
+WATCHED = "import os, signal, time; print(os.getpid(), flush=True); {}"
+
+
+@pytest.mark.parametrize("does, status, said", [
+    ("raise SystemExit(3)", 3, ""),
+    ("os.kill(os.getpid(), signal.SIGABRT)", 1, "ended by SIGABRT"),
+    ("time.sleep(100)", 1, "ended by SIGUSR1"),  # which is passed on
+])  # fmt: skip
+def test_the_watcher_has_the_last_word(does, status, said):
+    program = f"import sys; from dpnb.commands.joining import watch; sys.exit(watch([sys.executable, '-c', {WATCHED.format(does)!r}]))"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    watcher = subprocess.Popen([sys.executable, "-c", program], env=shared_runs.environment(), **pipes)
+    watcher.stdout.readline()  # the watched one runs
+    if "sleep" in does:
+        watcher.send_signal(signal.SIGUSR1)
+    _, errors = watcher.communicate(timeout=60)
+    assert watcher.returncode == status
+    assert (said in errors and "goes on from the last checkpoint" in errors) if said else not errors
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux ends a process with its parent")
+def test_who_is_watched_does_not_outlive_the_watcher():
+    alone = "from dpnb.commands import joining; joining._end_with_its_watcher()"
+    inner = f"{alone}; {WATCHED.format('time.sleep(100)')}"
+    program = f"import sys; from dpnb.commands.joining import watch; watch([sys.executable, '-c', {inner!r}])"
+    watcher = subprocess.Popen(
+        [sys.executable, "-c", program], env=shared_runs.environment(), stdout=subprocess.PIPE, text=True
+    )
+    number = int(watcher.stdout.readline())
+    watcher.kill()
+    watcher.wait()
+    late = time.monotonic() + 20
+    while pathlib.Path(f"/proc/{number}/stat").exists() and time.monotonic() < late:
+        time.sleep(0.05)
+    assert (
+        not pathlib.Path(f"/proc/{number}").exists()
+        or pathlib.Path(f"/proc/{number}/stat").read_text().split()[2] == "Z"
+    )
+    done = shared_runs.python("-c", alone, **{joining.JOINS: "1"})
+    assert done.returncode and "the process that watches this one has ended" in done.stderr

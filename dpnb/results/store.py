@@ -28,15 +28,18 @@ def save(run: "Run", data: Dataset, directory: str | pathlib.Path) -> dict[str, 
     the full record goes to `directory/private/full-result.json`.
 
     Returns:
-      The record as in `result.json`; processes other than the first write nothing and get the full record.
+      The record as in `result.json`. Process 0 writes it, and the others wait until it has.
     """
-    import jax
+    from dpnb.training.hosts import call_on_process_0
 
+    made = record(run, data)
+    return call_on_process_0(lambda: _write(made, run, data, directory))
+
+
+def _write(made: dict[str, Any], run: "Run", data: Dataset, directory: str | pathlib.Path) -> dict[str, Any]:
     from dpnb.training.seeds import run_seed
 
-    e, made = run.experiment, record(run, data)
-    if jax.process_index():  # the first process writes for all
-        return made
+    e = run.experiment
     private = all(m.has_noise for m in privacy.counts_from_json(run.events))
     folder = release.folder(directory, e.seed is None, private)
     if e.seed is None:

@@ -1,6 +1,7 @@
 """Decisions of several processes: process 0 decides and broadcasts to all, and what one refuses all do."""
 
 import contextlib
+import hashlib
 import json
 import pathlib
 import secrets
@@ -52,10 +53,21 @@ def call_on_process_0(call: Callable[[], Any]) -> Any:
     buffer[: len(said)] = np.frombuffer(said, np.uint8)
     answer = json.loads(np.asarray(_broadcast(buffer), np.uint8).tobytes())
     if error is not None:
-        raise error
+        raise _agreed(error)
     if "error" in answer:
-        raise FirstProcessFailed(f"the first process failed: {answer['error']}")
+        raise _agreed(FirstProcessFailed(f"the first process failed: {answer['error']}"))
     return answer["value"]
+
+
+def _agreed(error: Exception) -> Exception:
+    """Marks an error that all processes raise at the same place, each its own."""
+    error.agreed = True  # type: ignore[attr-defined]
+    return error
+
+
+def have_come_apart(error: Exception) -> bool:
+    """Returns whether other processes may be elsewhere after this error, so that none can go on without them."""
+    return jax.process_count() > 1 and not getattr(error, "agreed", False)
 
 
 def any_process(flag: bool) -> bool:
@@ -84,11 +96,31 @@ def call_on_all(call: Callable[[], Any]) -> Any:
     except Exception as raised:
         error = raised
     failed = processes_where(error is not None)
+    if failed and error is None:
+        error = AnotherProcessFailed(f"process {', '.join(map(str, failed))} failed, and says why")
     if error is not None:
-        raise error
-    if failed:
-        raise AnotherProcessFailed(f"process {', '.join(map(str, failed))} failed, and says why")
+        raise _agreed(error)
     return value
+
+
+def check_same(what: str, value: str, remedy: str) -> None:
+    """Checks that every process has the same text.
+
+    Args:
+      what: what it is, for the error: "all processes must have the same WHAT".
+      value: the text on this process.
+      remedy: the end of the error.
+    Raises:
+      ValueError: some differ from the first; raised on all of them.
+    """
+    known = int.from_bytes(hashlib.sha256(value.encode()).digest()[:8], "big")
+    if other := processes_where(broadcast_from_process_0(known) != known):
+        which = ", ".join(map(str, other))
+        raise _agreed(
+            ValueError(
+                f"all processes must have the same {what}, but that of process {which} differs; {remedy}"
+            )
+        )
 
 
 def check_shared(folder: pathlib.Path) -> None:
@@ -111,9 +143,11 @@ def check_shared(folder: pathlib.Path) -> None:
             file.unlink()
     if blind:
         first = call_on_process_0(lambda: str(folder.absolute()))
-        raise ValueError(
-            f"all processes must see one folder, but what the first wrote to {first} was not seen by process "
-            f"{', '.join(map(str, blind))}; choose one on a disk that all hosts share (--out)"
+        raise _agreed(
+            ValueError(
+                f"all processes must see one folder, but what the first wrote to {first} was not seen by process "
+                f"{', '.join(map(str, blind))}; choose one on a disk that all hosts share (--out)"
+            )
         )
 
 

@@ -32,7 +32,7 @@ from dpnb.training.checkpoints import Checkpoints
 from dpnb.training.checks import check_trainer
 from dpnb.training.curve import epsilon_spent
 from dpnb.training.evaluation import Evaluation, even_batch_size, make_evaluate
-from dpnb.training.hosts import call_on_process_0, check_shared
+from dpnb.training.hosts import call_on_all, call_on_process_0, check_shared
 from dpnb.training.identity import computation
 from dpnb.training.preconditions import check_noise, check_outputs, check_own_model, check_size, noise_images
 from dpnb.training.replay import Payer, digest
@@ -167,14 +167,7 @@ def prepare(
     Arguments and errors are those of `dpnb.training.train`.
     """
     began = time.monotonic()
-    experiment = calibrate(experiment, len(data.train))
-    check_noise(experiment)
-    check_size(experiment, data)
-    if model is None:
-        features.check(experiment, data)
-    else:
-        check_own_model(experiment)
-        check_outputs(model, data)
+    experiment = call_on_all(lambda: _checked(experiment, data, model))
     folder = private_folder(directory, experiment.seed is None)
     check_shared(folder)
     mechanism = experiment.mechanism(len(data.train))
@@ -243,6 +236,19 @@ def prepare(
             yield session
         finally:
             checkpoints.close()
+
+
+def _checked(experiment: Experiment, data: Dataset, model: nnx.Module | None) -> Experiment:
+    """Returns the calibrated experiment, after the checks that need nothing but it, the data and a model of one's own."""
+    experiment = calibrate(experiment, len(data.train))
+    check_noise(experiment)
+    check_size(experiment, data)
+    if model is None:
+        features.check(experiment, data)
+    else:
+        check_own_model(experiment)
+        check_outputs(model, data)
+    return experiment
 
 
 def _identify(experiment, data, folder, model, optimizer, public) -> tuple[str, int, str]:
