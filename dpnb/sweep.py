@@ -18,6 +18,7 @@ from dpnb.models import weights
 from dpnb.results import release
 from dpnb.training import cost, features
 from dpnb.training.hosts import broadcast_from_process_0, call_on_all, call_on_process_0, have_come_apart
+from dpnb.training.session import checked
 
 # Experiments that agree in these fields compile to the same program, so one of them is timed for all.
 PROGRAM = ("dataset", "augmult", *field_names("model"), *field_names("performance"))
@@ -145,9 +146,7 @@ def predict(
     for e in todo:
         key = tuple(getattr(e, name) for name in PROGRAM)
         try:
-            ready, images = call_on_all(
-                lambda e=e: (training.calibrate(e, len(data.train)), features.prepare(e, data))
-            )
+            ready, images = call_on_all(lambda e=e: _ready(e, data))
             if key not in measured:
                 made = cost.predict(ready, images, repeats=1, programs=programs)
                 measured[key] = ready, made
@@ -161,6 +160,12 @@ def predict(
             known, views=known.views * times, flops=known.flops * times, seconds=known.seconds * times
         )
     return found
+
+
+def _ready(e: Experiment, data: Dataset) -> tuple[Experiment, Dataset]:
+    """Returns the experiment, calibrated and checked, and what its network reads; no process waits for another in it."""
+    images = features.prepare(e, data)
+    return checked(e, images), images
 
 
 def budget(e: Experiment, data: Dataset) -> str:

@@ -167,7 +167,7 @@ def prepare(
     Arguments and errors are those of `dpnb.training.train`.
     """
     began = time.monotonic()
-    experiment = call_on_all(lambda: _checked(experiment, data, model))
+    experiment = call_on_all(lambda: checked(experiment, data, model))
     folder = private_folder(directory, experiment.seed is None)
     check_shared(folder)
     mechanism = experiment.mechanism(len(data.train))
@@ -238,7 +238,7 @@ def prepare(
             checkpoints.close()
 
 
-def _checked(experiment: Experiment, data: Dataset, model: nnx.Module | None) -> Experiment:
+def checked(experiment: Experiment, data: Dataset, model: nnx.Module | None = None) -> Experiment:
     """Returns the calibrated experiment, after the checks that need nothing but it, the data and a model of one's own."""
     experiment = calibrate(experiment, len(data.train))
     check_noise(experiment)
