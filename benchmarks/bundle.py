@@ -50,37 +50,21 @@ BESIDE_JAX = {
 }
 
 
-def call(*words) -> str:
-    """Runs this Python with these words; its output. It ends the script if it fails, with what it said."""
-    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True)
+def call(*words, given: str | None = None) -> str:
+    """Runs this Python with these words and input; its output. It ends the script if it fails, with what it said."""
+    command = [sys.executable, *map(str, words)]
+    done = subprocess.run(command, input=given, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"{' '.join(map(str, words))} failed:\n{done.stdout}{done.stderr}")
+        raise SystemExit(f"{' '.join(command[1:])} failed:\n{done.stdout}{done.stderr}")
     return done.stdout
 
 
 def resolved(packages, python: str, arch: str) -> dict[str, str]:
     """{name: version} of packages and all that they need there, in the versions of constraints.txt."""
-    wanted = "\n".join(packages)
-    command = [
-        sys.executable,
-        "-m",
-        "uv",
-        "pip",
-        "compile",
-        "-q",
-        "-",
-        "--no-annotate",
-        "--no-header",
-        "--python-version",
-        python,
-    ]
-    command += ["--python-platform", f"{arch}-manylinux_2_31", "--constraint", str(ROOT / "constraints.txt")]
-    done = subprocess.run(command, input=wanted, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(
-            f"no versions of {', '.join(packages)} for Python {python} on {arch}:\n{done.stderr}"
-        )
-    lines = (line.split(";")[0].strip() for line in done.stdout.splitlines())
+    target = ["--python-version", python, "--python-platform", f"{arch}-manylinux_2_31"]
+    shape = ["-q", "--no-annotate", "--no-header", "--constraint", ROOT / "constraints.txt"]
+    said = call("-m", "uv", "pip", "compile", "-", *target, *shape, given="\n".join(packages))
+    lines = (line.split(";")[0].strip() for line in said.splitlines())
     return dict(line.split("==") for line in lines if "==" in line)
 
 
@@ -92,11 +76,8 @@ def wheels(out: pathlib.Path, accelerator: str, python: str, arch: str) -> list[
         there = resolved(jax, python, arch)
         versions = {name: version for name, version in versions.items() if name not in there}
     pinned = [f"{name}=={version}" for name, version in versions.items()]
-    tags = [f"manylinux_2_{minor}_{arch}" for minor in range(31, 4, -1)] + [
-        f"manylinux2014_{arch}",
-        f"manylinux2010_{arch}",
-    ]
-    platforms = [word for tag in tags for word in ("--platform", tag)]
+    names = [f"manylinux_2_{minor}" for minor in range(31, 4, -1)] + ["manylinux2014", "manylinux2010"]
+    platforms = [word for name in names for word in ("--platform", f"{name}_{arch}")]
     target = ["--only-binary=:all:", "--python-version", python, *platforms]
     call("-m", "pip", "download", "-q", "--no-deps", "-d", out, *target, *pinned)
     call("-m", "pip", "wheel", "-q", "--no-deps", "-w", out, ROOT)

@@ -40,7 +40,7 @@ def main(argv=None) -> None:
         flush=True,
     )
     print({k: v for k, v in made["privacy"].items() if k.startswith("epsilon")})
-    if run.stopped.startswith(pace.STOPPED):
+    if pace.goes_on(run.stopped):
         print(f"{run.stopped}, by the same command", flush=True)
         raise SystemExit(3)
 

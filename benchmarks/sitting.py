@@ -82,7 +82,7 @@ def measure(e: Experiment, images: Dataset, known: dict, deadline: float, say: C
     e = e.replace(noise_multiplier=e.noise_multiplier or 1.0)
     made = known or _nothing_yet(e, images)
     for how in FORMULATIONS:
-        if set(made["formulations"].get(how, {"why": LATE}).values()) != {LATE}:
+        if made["formulations"].get(how, {"why": LATE}).get("why") != LATE:
             continue
         if time.monotonic() > deadline:
             made["formulations"][how] = {"why": LATE}
@@ -141,26 +141,24 @@ def candidates(
     """
     from dpnb.results.plan import flops_of, work_of
 
-    found = {}
-    for name in dict.fromkeys(name for pattern in patterns for name in experiments.names(pattern)):
-        e = experiments.get(name, preset)
+    different: dict[str, Experiment] = {}
+    for pattern in patterns:
+        for e in sweep.plan(pattern, preset):
+            different.setdefault(e.fingerprint(), e)
+    found = []
+    for e in different.values():
         suits = (e.dataset, e.on_features, e.pretrained) == (images.name, False, "") and not e.impossible
-        if (
-            not suits
-            or e.steps is None
-            or e.fingerprint() in {c.experiment.fingerprint() for c in found.values()}
-        ):
-            continue
-        ratio = flops_of(e)[1] / speed["flops_per_view"]
-        seconds = work_of(e).views * fastest(speed) * 1e-6 * ratio * SLOWER + OVERHEAD
-        found[name] = Candidate(e, seconds, state_of(sweep.directory(runs, e)))
-    return list(found.values())
+        if suits and e.steps is not None:
+            ratio = flops_of(e)[1] / speed["flops_per_view"]
+            seconds = work_of(e).views * fastest(speed) * 1e-6 * ratio * SLOWER + OVERHEAD
+            found.append(Candidate(e, seconds, state_of(sweep.directory(runs, e))))
+    return found
 
 
 def state_of(run: pathlib.Path) -> str:
     """Whether a run is "finished" (it may have been refused more updates), "begun", or nothing ("")."""
     record = run / "result.json"
-    if record.exists() and not json.loads(record.read_text())["stopped"].startswith(pace.STOPPED):
+    if record.exists() and not pace.goes_on(json.loads(record.read_text())["stopped"]):
         return "finished"
     return "begun" if (run / "ledger.jsonl").exists() else ""
 

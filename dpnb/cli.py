@@ -353,7 +353,7 @@ def sweep_status(made, planned: int) -> int:
 
     if made.failures:
         return 1
-    in_time = any(r["stopped"].startswith(pace.STOPPED) for r in made.records)
+    in_time = any(pace.goes_on(r["stopped"]) for r in made.records)
     return 3 if in_time or len(made.records) < planned else 0
 
 
@@ -390,7 +390,7 @@ def study_status(cells: str, root: pathlib.Path, options) -> int:
 
     def over(e):  # finished, or ended for another reason than time
         same = [r for r in made if (r["experiment"], r["preset"]) == (e.name, e.preset)]
-        ended = [r for r in same if not r["stopped"].startswith(pace.STOPPED)]
+        ended = [r for r in same if not pace.goes_on(r["stopped"])]
         return any(r["seed"] == e.seed for r in [*ended, *results.matching_records(e, made)])
 
     left = [e for e in planned if not over(e)]
@@ -442,7 +442,7 @@ def run(options) -> int:
         copy = release.notebook(json.loads(executed.read_text()))
         write_atomic(folder / name, json.dumps(copy, indent=1, ensure_ascii=False) + "\n")
         print(f"may be published, see privacy.md there: {folder}")
-    if made["stopped"].startswith(pace.STOPPED):
+    if pace.goes_on(made["stopped"]):
         print(f"{made['stopped']}, by the same command")
         return 3
     return 0

@@ -146,10 +146,11 @@ def predict(
     for e in todo:
         key = tuple(getattr(e, name) for name in PROGRAM)
         try:
-            ready, images = call_on_all(lambda e=e: _ready(e, data))
-            if key not in measured:
-                made = cost.predict(ready, images, repeats=1, programs=programs)
-                measured[key] = ready, made
+            if key in measured:
+                ready = call_on_all(lambda e=e: training.calibrate(e, len(data.train)))
+            else:
+                ready, images = call_on_all(lambda e=e: _ready(e, data))
+                measured[key] = ready, cost.predict(ready, images, repeats=1, programs=programs)
         except Exception as error:
             if have_come_apart(error):
                 raise

@@ -95,13 +95,18 @@ def test_formulations_are_timed_beside_the_floor(monkeypatch):
     assert sitting.fastest(speed) == auto["us_per_view"] and json.loads(json.dumps(speed)) == speed
 
 
-def test_a_sitting_goes_on_and_ends_in_time(monkeypatch, tmp_path, capsys):
-    """It trains one cell after another, and hands its exit status on where it has to stop."""
+@pytest.fixture
+def trained(monkeypatch):
+    """The names of the cells that a sitting trains, which a stub of `cell.main` has to note; nothing is measured."""
     monkeypatch.setattr(sitting.jax.config, "update", lambda *_: None)
     monkeypatch.setattr(
         sitting, "measure", lambda e, *_: {**SPEED, "device": "x", "like": e.name, "preset": e.preset}
     )
-    trained = []
+    return []
+
+
+def test_a_sitting_goes_on_and_ends_in_time(trained, monkeypatch, tmp_path, capsys):
+    """It trains one cell after another, and hands its exit status on where it has to stop."""
 
     def train(arguments):
         trained.append(arguments[0])
@@ -129,13 +134,7 @@ def test_a_sitting_goes_on_and_ends_in_time(monkeypatch, tmp_path, capsys):
     assert sitting.main([*arguments, "4"]) == 3 and "no time was left to measure" in capsys.readouterr().out
 
 
-def test_a_cell_that_fails_does_not_cost_the_others_their_minutes(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(sitting.jax.config, "update", lambda *_: None)
-    monkeypatch.setattr(
-        sitting, "measure", lambda e, *_: {**SPEED, "device": "x", "like": e.name, "preset": e.preset}
-    )
-    trained = []
-
+def test_a_cell_that_fails_does_not_cost_the_others_their_minutes(trained, monkeypatch, tmp_path, capsys):
     def train(arguments):
         trained.append(arguments[0])
         if len(trained) == 1:

@@ -144,42 +144,34 @@ def compiled(e: Experiment, device: Device) -> dict[str, Any] | None:
 
 def rows(e: Experiment, work: Work, records: list[dict[str, Any]]) -> list[Row]:
     """Returns a row for each of `DEVICES`: from records if there are any, else computed."""
-    made = []
-    for device in DEVICES:
-        row = {} if e.on_features else compiled(e, device) or {}
-        if "refused" in row:
-            made.append(
-                Row(device.name, float("nan"), None, None, f"computed: does not fit, {row['refused']}")
-            )
-            continue
-        if fastest := None if e.on_features else measured(e, device, records):
-            seconds, how = 1 / fastest[0], f"measured: {fastest[0]:,.0f} views a second, {fastest[1]}"
-        elif "cycles_per_view" in row:
-            seconds = row["cycles_per_view"] / CLOCK / device.count
-            how = f"computed: {row['cycles_per_view']:,} cycles a view, the compiler's estimate, at {CLOCK / 1e9} GHz"
-        else:  # what takes longer
-            seconds, how = (
-                work.flops / device.peak / OF_PEAK,
-                f"{work.flops / 1e9:.3g} GFLOP a view at {OF_PEAK:.0%} of the peak",
-            )
-            moving = row.get("bytes_per_view", 0) / device.bandwidth / OF_BANDWIDTH / device.count
-            if moving > seconds:
-                seconds, how = (
-                    moving,
-                    f"{row['bytes_per_view'] / 1e6:.1f} MB a view at {OF_BANDWIDTH:.0%} of the bandwidth",
-                )
-            how = f"computed: {how}"
-        made.append(
-            Row(device.name, work.views * seconds / 3600, row.get("examples"), row.get("memory"), how)
-        )
-    return made
+    return [row_of(device, e, work, records) for device in DEVICES]
 
 
-def on(device: str, e: Experiment, records: list[dict[str, Any]] | None = None) -> Row:
-    """Returns the row of one device, for a network of ImageNet's table at full size without tracing it."""
+def row_of(device: Device, e: Experiment, work: Work, records: list[dict[str, Any]]) -> Row:
+    """Returns the row of one device: from records if there are any, else computed."""
+    row = {} if e.on_features else compiled(e, device) or {}
+    if "refused" in row:
+        return Row(device.name, float("nan"), None, None, f"computed: does not fit, {row['refused']}")
+    if fastest := None if e.on_features else measured(e, device, records):
+        seconds, how = 1 / fastest[0], f"measured: {fastest[0]:,.0f} views a second, {fastest[1]}"
+    elif "cycles_per_view" in row:
+        seconds = row["cycles_per_view"] / CLOCK / device.count
+        how = f"computed: {row['cycles_per_view']:,} cycles a view, the compiler's estimate, at {CLOCK / 1e9} GHz"
+    else:  # what takes longer
+        seconds = work.flops / device.peak / OF_PEAK
+        how = f"computed: {work.flops / 1e9:.3g} GFLOP a view at {OF_PEAK:.0%} of the peak"
+        moving = row.get("bytes_per_view", 0) / device.bandwidth / OF_BANDWIDTH / device.count
+        if moving > seconds:
+            seconds = moving
+            how = f"computed: {row['bytes_per_view'] / 1e6:.1f} MB a view at {OF_BANDWIDTH:.0%} of the bandwidth"
+    return Row(device.name, work.views * seconds / 3600, row.get("examples"), row.get("memory"), how)
+
+
+def on(name: str, e: Experiment, records: list[dict[str, Any]] | None = None) -> Row:
+    """Returns the row of the device of this name, for a network of ImageNet's table at full size without tracing it."""
     network = e.network, e.depth, e.image_size
-    work = work_of(e, imagenet.FLOPS.get(network))
-    return next(row for row in rows(e, work, records or []) if row.device == device)
+    (device,) = (device for device in DEVICES if device.name == name)
+    return row_of(device, e, work_of(e, imagenet.FLOPS.get(network)), records or [])
 
 
 def report(e: Experiment, results: str | pathlib.Path, number: int = 1) -> str:

@@ -9,6 +9,11 @@ MARGIN = 5.0  # seconds
 STOPPED = "stopped in time"  # how `Run.stopped` begins then
 
 
+def goes_on(stopped: str) -> bool:
+    """Returns whether the same call goes on with a run, by its `Run.stopped`: it was stopped in time."""
+    return stopped.startswith(STOPPED)
+
+
 def deadline(minutes: float | None) -> float | None:
     """Returns when so many minutes from now are over, on `time.monotonic`; None for None.
 

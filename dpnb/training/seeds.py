@@ -24,7 +24,7 @@ from flax import nnx
 
 from dpnb.files import write_atomic
 from dpnb.privacy.randomness import random_bytes, secret_seed
-from dpnb.training.hosts import any_process, broadcast_from_process_0
+from dpnb.training.hosts import check_same
 
 
 def run_seed(directory: pathlib.Path, seed: int | None) -> tuple[int, str]:
@@ -86,9 +86,5 @@ def assert_same_seed(seed: int) -> None:
     Raises:
       ValueError: some differ from the first; raised on all of them, so that none waits for another.
     """
-    known = seed % 2**63
-    if any_process(broadcast_from_process_0(known) != known):
-        raise ValueError(
-            "all processes must have the same seed, experiment and data, but some differ from the first; give them "
-            "one directory that all see, and the same files"
-        )
+    remedy = "give them one directory that all see, and the same files"
+    check_same("seed, experiment and data", str(seed), remedy)
