@@ -3,8 +3,6 @@
 import argparse
 import ast
 import contextlib
-import dataclasses
-import difflib
 import functools
 import json
 import os
@@ -19,10 +17,10 @@ from dpnb.commands import joining
 from dpnb.commands.copying import copy_notebooks
 from dpnb.commands.execution import NotebookFailed, execute, known_parameters
 from dpnb.experiments import Experiment, cifar10, digits, studies
+from dpnb.experiments.changes import FIELDS, unknown
 from dpnb.files import private_folder, readable_size, writable_folder, write_atomic
 
 NOTEBOOK = "cifar10_from_scratch.ipynb"
-FIELDS = {f.name: f.type for f in dataclasses.fields(experiments.Experiment)}
 # Fields with an option of their own, which --set does not replace.
 OPTIONS = {
     "name": "the first argument", "preset": "--preset", "seed": "--seed N, --seeds N or --secret-seed",
@@ -121,11 +119,15 @@ def main(arguments: list[str] | None = None) -> int:
     add.add_argument("--data-file", default=None)
     add = commands.add_parser("notebooks", help="copy the notebooks, to open and change them")
     add.add_argument("directory", type=pathlib.Path, help="where to; files that are there are left alone")
+    add.add_argument(
+        "--for-class", action="store_true",
+        help="twice: to students/ with lectures without solutions, to answers/ with their solutions shown",
+    )  # fmt: skip
     add = commands.add_parser("cache", help="list or clear what is kept on disk because it is slow to make")
     add.add_argument("--clear", nargs="?", const="all", choices=("all", *cache.KINDS), metavar="KIND",
                      help=f"remove it all, or one of {', '.join(cache.KINDS)}")  # fmt: skip
     add = commands.add_parser("doctor", help="one screen about this installation, for a bug report")
-    add.add_argument("--out", default="runs", help="directory of runs that is tried")
+    add.add_argument("--out", default=folders.runs(), help="directory of runs that is tried")
     add.add_argument("--data-dir", default=None, help="TFDS directory")
     parser.set_defaults(joined=False)
     options = parser.parse_args(arguments)
@@ -216,10 +218,6 @@ def _epsilon(e: Experiment) -> str:
     return "of its noise" if e.epsilon is None else f"{e.epsilon:g}"
 
 
-def _or(close: list[str]) -> str:
-    return f"did you mean {' or '.join(close)}?" if close else "none is close"
-
-
 def changes(pairs: list[str]) -> dict[str, Any]:
     """["steps=10", "sampler=shuffle"] as {"steps": 10, "sampler": "shuffle"}; `Experiment` checks the values.
 
@@ -235,8 +233,7 @@ def changes(pairs: list[str]) -> dict[str, Any]:
         if not equals:
             raise ValueError(f"--set takes KEY=VALUE, got {pair!r}")
         if key not in FIELDS:
-            close = difflib.get_close_matches(key, FIELDS, 2)
-            raise ValueError(f"no hyper-parameter {key!r}; {_or(close)} (all: {', '.join(FIELDS)})")
+            raise ValueError(unknown(key))
         if key in OPTIONS:
             raise ValueError(f"--set must leave {key} alone, got {pair!r}; it is {OPTIONS[key]}")
         made[key] = _value(text, FIELDS[key])
@@ -274,11 +271,11 @@ def by_notebook(options) -> bool:
 
 
 def place_of(options) -> pathlib.Path:
-    """Returns the directory of one run by its notebook: what was asked for, or where it belongs below `runs`."""
+    """Returns the directory of one run by its notebook: what was asked for, or where it belongs below `folders.runs()`."""
     from dpnb import sweep
 
     e = experiments.get(options.name, options.preset, seed=seed_of(options), **changes(options.set))
-    return options.out or sweep.directory("runs", e)
+    return options.out or sweep.directory(folders.runs(), e)
 
 
 def cells_of(options) -> tuple[list[Experiment], bool]:
@@ -316,7 +313,7 @@ def run_sweep(options) -> int:
     end, (todo, embedded) = pace.deadline(options.minutes), cells_of(options)
     # Where its notebook puts a run, it goes on among several processes.
     place = place_of(options) if by_notebook(options) else None
-    root = place or options.out or pathlib.Path("runs")
+    root = place or options.out or folders.runs()
     hosts.call_on_process_0(lambda: str(writable_folder(root)))  # before hours are spent
     hosts.check_shared(root)
     if embedded:
@@ -364,7 +361,7 @@ def run_study(options) -> int:
     cells, seeds = f"{options.name}/*", 1 if options.seeds is None else options.seeds
     asked = changes(options.set)
     sweep.plan(cells, options.preset, seeds, **asked)  # refuses before it starts
-    notebook, root = notebook_of(STUDY_NOTEBOOKS[options.name]), options.out or pathlib.Path("runs")
+    notebook, root = notebook_of(STUDY_NOTEBOOKS[options.name]), options.out or folders.runs()
     given = dict(pattern=cells, preset=options.preset, seeds=seeds, changes=asked, **data_parameters(options))
     given["minutes"] = options.minutes
     given["output_dir"] = str(root.absolute())
@@ -512,7 +509,12 @@ def verify(options) -> int:
 
 def notebooks(options) -> int:
     """Copies the notebooks to a directory, and prints which were there already."""
-    copied, left = copy_notebooks(options.directory)
+    if options.for_class:
+        from dpnb.commands.classes import copy_for_class
+
+        copied, left = copy_for_class(options.directory)
+    else:
+        copied, left = copy_notebooks(options.directory)
     print(f"notebooks copied to {options.directory}: {len(copied)}")
     if left:
         print(f"left alone, since they are there: {', '.join(map(str, left))}")

@@ -12,8 +12,6 @@ ROOT = _PACKAGE / "share" if INSTALLED else _PACKAGE.parent
 NOTEBOOKS = ROOT / "notebooks"
 RECORDS = ROOT / "results"
 CONSTRAINTS = ROOT / "constraints.txt"
-# Where notebooks put their runs: never into an installed package.
-RUNS = pathlib.Path("runs") if INSTALLED else ROOT / "runs"
 
 
 def version() -> str:
@@ -25,6 +23,17 @@ def version() -> str:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version("dpnb")
     return "of unknown version"  # its folder was copied by hand
+
+
+def runs() -> pathlib.Path:
+    """Returns where runs go unless something else is asked for, in a notebook and by a command: one place for both.
+
+    It is `runs` in the checkout that dpnb is imported from, if the working directory lies in it, else `runs` in the
+    working directory: never in an installed package.
+    """
+    here = pathlib.Path.cwd()
+    inside = not INSTALLED and here.is_relative_to(ROOT)
+    return ROOT / "runs" if inside and here != ROOT else pathlib.Path("runs")
 
 
 def records() -> pathlib.Path:

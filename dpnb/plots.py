@@ -1,5 +1,6 @@
 """Figures from result records and data; every axis has a label and a unit."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,10 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from dpnb import results
+
+# What tells series apart where colours do not.
+MARKERS = "osv^D<>Pp*hX8d"
+LINES = ("-", "--", "-.", ":")
 
 
 def curve(result: dict[str, Any]) -> Figure:
@@ -42,8 +47,8 @@ def budget(spent: dict[str, tuple[list[int], list[float]]], target: float | None
       target: the stated epsilon, None for infinity.
     """
     figure, axis = plt.subplots(figsize=(6.5, 4), layout="constrained")
-    for name, (steps, epsilons) in spent.items():
-        axis.plot(steps, epsilons, label=f"spent, {name} accountant")
+    for (name, (steps, epsilons)), look in zip(spent.items(), itertools.cycle(LINES)):
+        axis.plot(steps, epsilons, look, linewidth=2, label=f"spent, {name} accountant")
     if target is not None:
         axis.axhline(target, color="grey", linestyle=":", label=f"budget: epsilon = {target:g}")
     axis.set(xlabel="update", ylabel="epsilon", title="How the privacy budget is spent", ylim=(0, None))
@@ -186,9 +191,9 @@ def lines(
     values = sorted({v for frame in shown.values() for v in frame[x]})
     places = {v: i if spacing == "equal" else v for i, v in enumerate(values)}
     figure, axis = plt.subplots(figsize=(6.5, 4.4), layout="constrained")
-    for label, frame in shown.items():
+    for (label, frame), marker, look in zip(shown.items(), MARKERS, itertools.cycle(LINES)):
         axis.errorbar(
-            frame[x].map(places), frame["ema"], yerr=frame["ema_std"].fillna(0), fmt="o-", capsize=3,
+            frame[x].map(places), frame["ema"], yerr=frame["ema_std"].fillna(0), fmt=marker + look, capsize=3,
             label=f"{label}: {results.scale(frame)}; {results.counts(frame)}",
         )  # fmt: skip
     if spacing == "log":
@@ -242,9 +247,6 @@ def grid(frame, rows: str, columns: str, title: str) -> Figure:
     return figure
 
 
-MARKERS = "osv^D<>Pp*hX8d"
-
-
 def price_of_privacy(frame, title: str) -> Figure:
     """Plots test accuracy against epsilon, beside that of the same training without privacy.
 
@@ -285,12 +287,12 @@ def accuracy_epsilon(series: dict[str, list[tuple[float, float, float | None]]],
         the others thin and hollow on top of them; no two series share colour, line and marker.
       title: of the figure.
     """
-    figure, axis = plt.subplots(figsize=(11, 6), layout="constrained")
+    figure, axis = plt.subplots(figsize=(11, 6.5), layout="constrained")
     others = 0
     for i, (label, points) in enumerate(series.items()):
         epsilons, accuracies, spreads = zip(*sorted(points, key=lambda p: p[0]), strict=True)
         ours = label.startswith("ours")
-        hue = plt.get_cmap("tab20")((others * 2 + others // 10) % 20)  # the strong ones first, then the pale
+        hue = plt.get_cmap("tab10")(others % 10)  # after ten the same again, with another line and marker
         colour, line = ("black", "-") if ours else (hue, ("--", ":", "-.")[others // 10 % 3])
         axis.errorbar(
             epsilons, accuracies, yerr=[s or 0 for s in spreads], label=label, capsize=2,
@@ -307,5 +309,5 @@ def accuracy_epsilon(series: dict[str, list[tuple[float, float, float | None]]],
     axis.set(xlabel="epsilon (at delta = 1e-5)", ylabel="CIFAR-10 test accuracy (%)", title=title)
     axis.grid(alpha=0.3)
     note = _small_print(axis, "bars: standard deviation over runs, where known")
-    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), title=note, title_fontsize=7.5)
+    axis.legend(fontsize=9.5, loc="center left", bbox_to_anchor=(1.01, 0.5), title=note, title_fontsize=9)
     return figure

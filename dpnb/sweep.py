@@ -209,6 +209,9 @@ def run(
     failures, costs, programs = {}, {}, {}
     say(f"{len(todo)} cells, {len(todo) - len(left)} of them finished")
     if left:
+        say(
+            "compiling and timing each different program: a minute or so, or a moment if compiled here before"
+        )
         costs = predict(left, data, programs)
         whole = cost.duration(sum(c.seconds for c in costs.values()))
         unknown = len(left) - len(costs)

@@ -23,11 +23,13 @@ FLOORS = (
     ("experiments",),
     ("training",),
     ("results",),
-    ("audit", "plots", "sweep", "commands"),
+    ("audit", "plots", "sweep", "commands", "notebook"),
     ("cli",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-PACKAGES = ("privacy", "gradients", "data", "models", "models.weights", "experiments", "training", "results")
+PACKAGES = (
+    "privacy", "gradients", "data", "models", "models.weights", "experiments", "training", "results", "notebook",
+)  # fmt: skip
 
 
 def module_name(path: pathlib.Path) -> str:

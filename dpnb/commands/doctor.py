@@ -52,7 +52,7 @@ class Line(NamedTuple):
     text: str
 
 
-def report(out: str | pathlib.Path = "runs", data_dir: str | None = None) -> int:
+def report(out: str | pathlib.Path, data_dir: str | None = None) -> int:
     """Prints the lines of all checks; returns 1 if one of them is a problem, else 0.
 
     Args:

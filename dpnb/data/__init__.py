@@ -5,12 +5,12 @@ unchanged; photographs stay on disk. TFDS, Pillow, Grain and scikit-learn are im
 """
 
 from dpnb.data.cifar import prepare
-from dpnb.data.dataset import CIFAR10_CLASSES, CLASSES, DataError, Dataset, Split
+from dpnb.data.dataset import CIFAR10_CLASSES, CLASSES, DataError, Dataset, NotPrepared, Split, Unreachable
 from dpnb.data.loading import load, save
 from dpnb.data.photographs import PhotographDataset, Photographs
 from dpnb.data.recipe import Recipe
 
 __all__ = [
-    "CIFAR10_CLASSES", "CLASSES", "DataError", "Dataset", "PhotographDataset", "Photographs", "Recipe", "Split",
-    "load", "prepare", "save",
+    "CIFAR10_CLASSES", "CLASSES", "DataError", "Dataset", "NotPrepared", "PhotographDataset", "Photographs",
+    "Recipe", "Split", "Unreachable", "load", "prepare", "save",
 ]  # fmt: skip

@@ -8,13 +8,14 @@ import zlib
 
 import numpy as np
 
-from dpnb.data.dataset import INSTALL, DataError
+from dpnb.data.dataset import INSTALL, DataError, Unreachable
 from dpnb.data.tfds import command, tfds_or_error
 
 
 def prepare(name: str, data_dir=None) -> pathlib.Path:
     """Downloads CIFAR and prepares it with TFDS's own builder, without TensorFlow (about a minute).
 
+    A line says what is downloaded, how large it is and where it goes; then there are TFDS's progress bars.
     The files, version, order and checksum are those of an ordinary TFDS installation (array_record).
 
     Args:
@@ -23,7 +24,8 @@ def prepare(name: str, data_dir=None) -> pathlib.Path:
     Returns:
       The directory of the prepared data set; nothing is done if it already exists.
     Raises:
-      DataError: another name, TFDS is missing, there is no network, or the archive is damaged or unknown.
+      Unreachable: there is no network, or the download failed.
+      DataError: another name, TFDS is missing, or the archive is damaged or unknown.
     """
     if name not in ("cifar10", "cifar100"):
         raise DataError(f"only cifar10 and cifar100 are prepared, got {name!r}")
@@ -33,7 +35,7 @@ def prepare(name: str, data_dir=None) -> pathlib.Path:
     try:
         builder = _builder(tfds, name)(data_dir=data_dir, file_format="array_record")
         if not builder.data_path.exists():
-            _check_reachable(builder)
+            print(_announce(builder), flush=True)
         builder.download_and_prepare()
     except ImportError as error:
         raise DataError(f"preparing {name} needs another package ({error}); run: {INSTALL}") from error
@@ -75,20 +77,22 @@ def _by_hand(info, root) -> str:
     )
 
 
-def _check_reachable(builder) -> None:
-    """Asks the server once, as TFDS itself would retry for minutes before giving up."""
+def _announce(builder) -> str:
+    """Says what comes from where; asks the server once, as TFDS itself would retry for minutes before giving up."""
     import requests
 
     info, root = builder._cifar_info, pathlib.Path(builder.data_dir_root)
     stem = info.url.rsplit("/", 1)[-1].removesuffix(".tar.gz")
     if any((root / "downloads").rglob(f"*{stem}*.tar.gz")):
-        return  # placed by hand, or downloaded before
+        return f"preparing {info.name} in {root}, once, from the archive that is there"
     try:
-        requests.head(info.url, timeout=20, allow_redirects=True)
+        headers = requests.head(info.url, timeout=20, allow_redirects=True).headers
     except requests.RequestException as error:
-        raise DataError(
+        raise Unreachable(
             f"no network to {info.url} ({type(error).__name__}); {_by_hand(info, root)}"
         ) from error
+    size = int(headers.get("content-length", 0))
+    return f"downloading {info.url}{f', {size / 1e6:.0f} MB,' * bool(size)} to {root}, once; then it is prepared there"
 
 
 def _download(dl_manager, info, root) -> pathlib.Path:
@@ -102,7 +106,7 @@ def _download(dl_manager, info, root) -> pathlib.Path:
             f"the archive is incomplete or not the known one ({error}); delete it and run again"
         ) from error
     except (requests.RequestException, util.DownloadError) as error:
-        raise DataError(
+        raise Unreachable(
             f"the download failed ({type(error).__name__}: {error}); {_by_hand(info, root)}"
         ) from error
 

@@ -27,6 +27,14 @@ class DataError(ValueError):
     """The data are missing, unreadable or malformed; the message says what to run."""
 
 
+class NotPrepared(DataError):
+    """TFDS has no such data set on this machine."""
+
+
+class Unreachable(DataError):
+    """The data set cannot be downloaded: there is no network, or it broke."""
+
+
 def reported_split(available: Sequence[str], preference: tuple[str, ...]) -> str | None:
     """Returns the first split of `preference` that is available, None if there is none.
 

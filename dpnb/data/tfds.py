@@ -3,7 +3,7 @@
 import os
 import pathlib
 
-from dpnb.data.dataset import CLASSES, INSTALL, DataError
+from dpnb.data.dataset import CLASSES, INSTALL, DataError, NotPrepared
 
 INFO = "dataset_info.json"
 
@@ -43,7 +43,8 @@ def prepared(name: str, data_dir):
     """Returns the TFDS builder of a data set that is prepared with random access, and whole.
 
     Raises:
-      DataError: TFDS is missing, no such data set is prepared this way, or it is damaged: `dataset_info.json` cannot
+      NotPrepared: no such data set is prepared this way.
+      DataError: TFDS is missing, the name is unknown, or the data set is damaged: `dataset_info.json` cannot
         be read, or its files do not hold the examples that it lists; the message says what to run.
     """
     tfds = tfds_or_error()
@@ -63,7 +64,7 @@ def prepared(name: str, data_dir):
         ) from error
     where = pathlib.Path(builder.data_path)
     if not where.exists():
-        raise DataError(f"{name} is not prepared in {where}; run: {command(name, data_dir)}")
+        raise NotPrepared(f"{name} is not prepared in {where}; run: {command(name, data_dir)}")
     if not (where / INFO).is_file():
         raise damaged(where, f"it has no {INFO}", name, data_dir)
     if tfds.core.FileFormat.ARRAY_RECORD not in builder.info.available_file_formats():

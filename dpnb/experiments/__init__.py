@@ -4,9 +4,19 @@ import difflib
 import fnmatch
 
 from dpnb.experiments import cifar10, digits, finetuning, imagenet, pretraining, studies
+from dpnb.experiments.changes import FIELDS, read_changes, unknown
 from dpnb.experiments.experiment import GROUPS, PRESETS, Experiment, describe_fields, field_names
 
-__all__ = ["GROUPS", "PRESETS", "Experiment", "describe_fields", "field_names", "get", "names"]
+__all__ = [
+    "GROUPS",
+    "PRESETS",
+    "Experiment",
+    "describe_fields",
+    "field_names",
+    "get",
+    "names",
+    "read_changes",
+]
 
 _FAMILIES = (cifar10, studies, pretraining, finetuning, imagenet, digits)
 # The changes that a preset makes to an experiment, by the module that registers it.
@@ -38,10 +48,11 @@ def get(name: str, preset: str = "paper", **changes) -> Experiment:
     if preset not in PRESETS:
         raise ValueError(f"preset must be one of {PRESETS}, got {preset!r}")
     e = _ALL[name]
-    if changes.get("dataset", e.dataset) != e.dataset:  # what the paper reports is of another data set
-        source = f"none: {name} is on {e.dataset}"
-        changes = dict(paper_mean=None, paper_std=None, paper_source=source) | changes
-    made = e.replace(**{"preset": preset, **_PRESET_OVERRIDES[name](e, preset), **changes})
+    for key in changes:
+        if key not in FIELDS:
+            raise TypeError(unknown(key))
+    changes = {"preset": preset, **_PRESET_OVERRIDES[name](e, preset), **changes}
+    made = e.on(changes["dataset"]).replace(**changes) if "dataset" in changes else e.replace(**changes)
     for_accelerators = preset in ("colab", "paper") and not (made.on_features or name.startswith("digits/"))
     if for_accelerators and "compute_dtype" not in changes:
         made = made.replace(compute_dtype="auto")

@@ -289,6 +289,13 @@ class Experiment:
         """A copy with some fields changed; an unknown name raises TypeError."""
         return dataclasses.replace(self, **changes)
 
+    def on(self, dataset: str) -> "Experiment":
+        """The same on another data set, beside which stands no number of the paper."""
+        if dataset == self.dataset:
+            return self
+        source = f"none: {self.name} is on {self.dataset}"
+        return self.replace(dataset=dataset, paper_mean=None, paper_std=None, paper_source=source)
+
     def mechanism(self, n: int) -> Mechanism:
         """What one update does to privacy, with `n` training examples (noise_multiplier known)."""
         return Mechanism(self.noise_multiplier, self.expected_batch_size / n, self.sampler)

@@ -43,7 +43,8 @@ class Progress:
         if interactive():
             from tqdm.auto import tqdm
 
-            self.bar = tqdm(total=total, initial=start, unit="update", dynamic_ncols=True)
+            # smoothing=0: speed and time left are of all updates since `initial`.
+            self.bar = tqdm(total=total, initial=start, unit="update", dynamic_ncols=True, smoothing=0)
 
     def show(self, point: dict[str, Any]) -> None:
         """Counts one more update, and shows its `point` of the training curve."""
@@ -62,12 +63,14 @@ class Progress:
             "loss": f"{point['train_loss']:.3f}",
             "train": f"{point['train_accuracy']:.1f}%",
             **self.accuracies,
-            "epsilon <=": f"{point['epsilon']:.3g}",
+            "epsilon at most": f"{point['epsilon']:.3g}",
             "examples/s": "-" if first else f"{self.examples / elapsed:.0f}",
         }
         if self.bar is not None:
-            self.bar.set_postfix(shown, refresh=False)
+            self.bar.set_postfix_str(", ".join(f"{k} {v}" for k, v in shown.items()), refresh=False)
             self.bar.update()
+            if first:
+                self.bar.initial, self.bar.start_t = self.bar.n, self.bar._time()
             return
         every = -(-self.total // 20)
         due = self.seconds if self.done % every else 1.0
