@@ -1,25 +1,33 @@
-"""The notebooks that show runs on record, executed: results/notebooks/NAME.ipynb, with all tables and figures.
+"""The lectures, and the notebooks that show runs on record, executed: results/notebooks/NAME.ipynb, with all figures.
 
     python notebooks/execute.py [NAME ...]
 
-Nothing is trained.  A test says when one of them is older than its notebook or the records.
+No study trains, and lectures are as students see them, without solutions.  A test says when one of them is older than
+its notebook or the records.
 """
 
+import base64
+import io
 import pathlib
 import sys
 import tempfile
 
 import nbformat
+import numpy as np
 import papermill
+from PIL import Image
 
+from dpnb.commands.classes import without_solutions
+from dpnb.commands.execution import QUIET
 from dpnb.experiments import studies
 
 HERE = pathlib.Path(__file__).parent
 OUT = HERE.parent / "results" / "notebooks"
 NAMES = (
     "cifar10_table", *(name.removesuffix(".ipynb") for name in studies.STUDIES.values()), "cifar_finetune",
-    "cifar_no_public_images", "learn/06_reading_the_paper",
+    "cifar_no_public_images", *(f"learn/{path.stem}" for path in sorted(HERE.glob("learn/*.ipynb"))),
 )  # fmt: skip
+KEPT = ("tags", "jupyter", "cellView")  # of the metadata of a cell
 
 
 def execute(name: str) -> nbformat.NotebookNode:
@@ -30,18 +38,33 @@ def execute(name: str) -> nbformat.NotebookNode:
         wanted = dict(preset="teach", train=False, output_dir=empty)
         given = {key: value for key, value in wanted.items() if key in known}
         done = papermill.execute_notebook(
-            path, None, given, cwd=empty, progress_bar=False, kernel_name="python3"
+            path, None, given, cwd=empty, progress_bar=False, kernel_name="python3", extra_arguments=QUIET
         )
+    if name.startswith("learn/"):
+        done = without_solutions(done)
     done.metadata.pop("papermill", None)
     done.metadata.language_info.pop("version", None)
     for cell in done.cells:
         if "injected-parameters" in cell.metadata.get("tags", ()):
             cell.id = "injected-parameters"  # the same each time
             cell.source = "\n".join(line for line in cell.source.splitlines() if "output_dir" not in line)
-        cell.metadata = {k: v for k, v in cell.metadata.items() if k == "tags"}
+        cell.metadata = {k: v for k, v in cell.metadata.items() if k in KEPT}
         if cell.cell_type == "code":
             cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+            for output in cell.outputs:
+                if "image/png" in output.get("data", {}):
+                    output.data["image/png"] = smaller(output.data["image/png"])
     return done
+
+
+def smaller(png: str) -> str:
+    """The same picture in less than half of the bytes: of 256 colours where nobody sees the difference."""
+    picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    few = picture.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    apart = np.abs(np.asarray(few.convert("RGB"), int) - np.asarray(picture, int)).mean()
+    made = io.BytesIO()
+    (few if apart < 0.1 else picture).save(made, "PNG", optimize=True)
+    return base64.b64encode(made.getvalue()).decode()
 
 
 def main(names: list[str]) -> None:

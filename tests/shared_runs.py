@@ -24,7 +24,19 @@ SMALL = (
 DEFAULTS = {"XLA_FLAGS": ""}
 OPTIMISED = {"XLA_FLAGS": "--xla_backend_optimization_level=1"}
 BUILD = "import sys, hatchling.build; print(getattr(hatchling.build, sys.argv[1])(sys.argv[2]))"
-SITE = "import gc; gc.set_threshold(100_000, 50, 100)"  # collecting garbage takes a tenth of a notebook's time else
+# Collecting garbage takes a tenth of a notebook's time else; and nothing leaves this machine, nor comes from elsewhere.
+SITE = """
+import gc, socket
+gc.set_threshold(100_000, 50, 100)
+connect = socket.socket.connect
+
+def connect_here(self, address):
+    if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+        raise ConnectionRefusedError(f"tests have no network, and {address} was asked for")
+    return connect(self, address)
+
+socket.socket.connect = connect_here
+"""
 _cleanup = []  # temporary directories live as long as the tests do
 
 
@@ -54,6 +66,7 @@ def environment() -> dict[str, str]:
         "DPNB_CACHE_GIB": "1",
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_backend_optimization_level=0",  # most of their time is compilation
+        "TFDS_DATA_DIR": str(temporary("no-data")),  # as on a fresh machine
         "PYTHONPATH": python_path(ROOT),
         # What a notebook's own cells call may not be deprecated; warnings of others are their makers' concern.
         "PYTHONWARNINGS": "ignore,error::DeprecationWarning:__main__,error::FutureWarning:__main__",
@@ -130,18 +143,18 @@ def python(*arguments, timeout: float = 900, **changes: str) -> subprocess.Compl
     )  # fmt: skip
 
 
-def execute(name, folder, optimised=False, **given):
-    """Papermill runs notebooks/NAME at preset smoke: the outputs, and all the text in them.
+def execute(name, folder, optimised=False, bare=False, **given):
+    """Papermill runs notebooks/NAME at preset smoke, without a network or data: the outputs, and all the text in them.
 
     optimised: what computes more than it compiles is done sooner.
+    bare: only `given` differs from the defaults, and the notebook lies in the folder alone, as for somebody who opens it.
     """
     import nbformat
     import yaml
 
     folder.mkdir(exist_ok=True)
-    (folder / "parameters.yaml").write_text(
-        yaml.safe_dump({"preset": "smoke", "output_dir": str(folder), **given})
-    )
+    own = {} if bare else {"preset": "smoke", "output_dir": str(folder)}
+    (folder / "parameters.yaml").write_text(yaml.safe_dump({**own, **given}))
     executed = folder / pathlib.Path(name).name
     done = python(
         "-m", "papermill", NOTEBOOK.parent / name, executed, "-f", folder / "parameters.yaml",

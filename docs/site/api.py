@@ -88,19 +88,11 @@ def described(value: type) -> bool:
 
 def fields(value: type) -> str:
     """Returns a table of the fields of a class."""
-    rows = []
+    rows = ["* - field", "  - default", "  - what it is"]
     for f in dataclasses.fields(value):
-        default = "" if f.default is dataclasses.MISSING else f"``{f.default!r}``"
-        about = f.metadata["about"]
-        rows.append(
-            f"      * - ``{f.name}``\n        - {default}\n        - {marked(about)}".replace(
-                "        - \n", "        -\n"
-            )
-        )
-    return (
-        "   .. list-table::\n      :header-rows: 1\n\n      * - field\n        - default\n        - what it is\n"
-        + "\n".join(rows)
-    )
+        default = "" if f.default is dataclasses.MISSING else f" ``{f.default!r}``"
+        rows += [f"* - ``{f.name}``", f"  -{default}", f"  - {marked(f.metadata['about'])}"]
+    return "   .. list-table::\n      :header-rows: 1\n\n" + "\n".join(f"      {row}" for row in rows)
 
 
 def marked(text: str) -> str:

@@ -56,6 +56,8 @@ def main() -> int:
             ["-q", "-W", "--keep-going", "-b", "html", "-d", f"{folder}/doctrees", str(source), str(made)]
         )
         if not status:
+            for template in (made / "_static").glob("*.html"):  # of the theme, no page
+                template.unlink()
             (made / ".nojekyll").touch()  # GitHub Pages then serves folders that begin with an underscore
             shutil.rmtree(out, ignore_errors=True)
             shutil.copytree(made, out)

@@ -161,3 +161,20 @@ def published(frame, title: str) -> Figure:
     axis.grid(alpha=0.3, axis="x")
     figure.legend(fontsize=8, loc="outside lower center")
     return figure
+
+
+def over_updates(curves: dict[str, list[dict]]) -> Figure:
+    """Plots the test accuracy of the averaged parameters over the updates.
+
+    Args:
+      curves: {label of a run: its record's "curve"}.
+    """
+    figure, axis = plt.subplots(figsize=(WIDTH, 3.2), layout="constrained")
+    for i, (label, points) in enumerate(curves.items()):
+        steps, accuracies = [p["step"] for p in points], [p["ema_accuracy"] for p in points]
+        axis.plot(steps, accuracies, marker="osD^v"[i % 5], color=PALETTE[i % 5], label=label, markersize=5)
+    axis.set(xlabel="update", ylabel="test accuracy, EMA (%)")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    return figure

@@ -52,6 +52,8 @@ html_css_files = ["site.css"]
 html_extra_path = ["files"]
 html_copy_source = False
 html_show_sphinx = False
+html_use_index = False
+html_domain_indices = False
 html_sourcelink_suffix = ""
 
 # MathJax comes from a package, and of it only what pages load: the fonts lie beside the program.

@@ -60,7 +60,7 @@ def part(frame, *beginnings: str):
 def table(records):
     """Draws the table of CIFAR-10 from scratch."""
     frame = results.table(TABLES["cifar10"], records)
-    figure = charts.against_epsilon(frame, "CIFAR-10 from scratch, delta = 1e-5")
+    figure = charts.against_epsilon(frame, "CIFAR-10 without other photographs, delta = 1e-5")
     full = frame[(frame["n"] != "-") & (frame["preset"] == "paper")]
     best = full[full["paper"] != "-"]
     reached = "; ".join(
@@ -78,7 +78,7 @@ def finetuning(records):
     frame = results.table("cifar10/finetune/*", records)
     ran = frame[frame["n"] != "-"].reset_index(drop=True)
     figure = charts.beside(
-        ran, "cifar10/finetune/", "Fine-tuning on CIFAR-10, ours at smaller scale (WRN-10-2)"
+        ran, "cifar10/finetune/", "CIFAR-10, ours at smaller scale (WRN-10-2, preset teach)"
     )
     small = sweep.on_record("cifar10/finetune/*", "teach", records)["teach"]
     return [figure], (
@@ -92,7 +92,7 @@ def textures(records):
     frame = sweep.on_record("cifar10/finetune/*", "teach", records)["teach"]
     order = ["scratch/eps1", "textures-classifier/eps1", "textures-all/eps1", "all/eps1", "classifier/eps1"]
     shown = frame.set_index("cell").loc[order].reset_index()
-    figure = plots.bars(shown, f"What the network saw before, epsilon 1, {smaller('teach')}")
+    figure = plots.bars(shown, f"Epsilon 1, {smaller('teach')}")
     return [charts.fitted(figure)], (
         "Images of random processes instead of photographs, all layers trained: "
         f"{gain(frame, 'textures-all/eps1', 'scratch/eps1')} against beginning from scratch."
@@ -115,9 +115,7 @@ def imagenet(records):
 def ablation(records):
     """Draws the ladder of techniques."""
     scale, frame = study("ablation", records)
-    figure = plots.bars(
-        part(frame, *"0123456789"), f"One technique after another, epsilon 8, {smaller(scale)}"
-    )
+    figure = plots.bars(part(frame, *"0123456789"), f"Epsilon 8, {smaller(scale)}")
     return [charts.fitted(figure)], (
         f"The whole recipe against the network without normalisation: {gain(frame, '5-ema', '0-no-norm')}; without "
         f"clipping and noise the same network gains another {gain(frame, 'private-none', '5-ema')}."
@@ -129,7 +127,7 @@ def augmult(records):
     scale, frame = study("augmult", records)
     figure = plots.lines(
         {f"preset {scale}": frame}, "K", "K, views per image (0: the plain image)",
-        f"Views inside the clip, epsilon 8, {smaller(scale)}", spacing="equal",
+        f"Epsilon 8, {smaller(scale)}", spacing="equal",
     )  # fmt: skip
     return [charts.fitted(figure)], f"Eight views inside the clip instead of one: {gain(frame, 'k8', 'k1')}."
 
@@ -146,7 +144,7 @@ def batch(records):
         ways,
         "images",
         "images drawn, B x T (thousands)",
-        f"What compute buys, epsilon 8, {smaller(scale)}",
+        f"Epsilon 8, {smaller(scale)}",
         ticks=False,
     )
     return [charts.fitted(figure)], (
@@ -177,9 +175,7 @@ def depth_width(records):
 def lr_clip(records):
     """Draws learning rate and clipping norm."""
     scale, frame = study("lr-clip", records, ("learning_rate", "clip_norm"))
-    figure = plots.grid(
-        frame, "learning_rate", "clip_norm", f"Learning rate and clipping norm, epsilon 8, {smaller(scale)}"
-    )
+    figure = plots.grid(frame, "learning_rate", "clip_norm", f"Epsilon 8, {smaller(scale)}")
     return [charts.fitted(figure, 4.4)], (
         f"Small clipping norms matter little (C = 0.1 instead of 1 at learning rate 2: {gain(frame, 'lr2-c0.1', 'lr2-c1')}), "
         f"large ones hurt (C = 10: {gain(frame, 'lr2-c10', 'lr2-c1')})."

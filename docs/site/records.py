@@ -7,6 +7,7 @@ import pathlib
 import shutil
 from typing import Any, NamedTuple
 
+import charts
 import pages
 
 from dpnb import experiments, results
@@ -61,7 +62,7 @@ def linked_tables(on_file: list[OnFile]) -> dict[str, str]:
             f"[{row.experiment}](../{page(row.experiment)})" if row.n != "-" else row.experiment
             for row in frame.itertuples()
         ]
-        tables[name] = results.markdown(frame)
+        tables[name] = results.markdown(frame).replace(" +- ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
     return tables
 
 
@@ -99,31 +100,30 @@ def experiment_page(site: pages.Site, name: str, runs: list[OnFile]) -> str:
     registered = first["experiment"] in experiments.names()
     published = results.published(experiments.get(first["experiment"])) if registered else "-"
     said = "no number is published" if published == "-" else f"the published number is {published} %"
-    presets = {r.record["preset"] for r in runs}
     text = [
         "---\norphan: true\n---\n",  # in no list at the side, which would be too long
         f"# {first['experiment']}\n",
         f"Data set {first['data']['name']}; {said}. Accuracy is in percent, of the averaged parameters (EMA) and of the "
         "last ones (raw).",
     ]
-    if presets != {"paper"} and published != "-":
+    if {r.record["preset"] for r in runs} != {"paper"} and published != "-":
         text.append("Runs below preset `paper` are smaller experiments: **not comparable** with that number.")
-    columns = "run | EMA | raw | epsilon PLD | epsilon RDP | delta | sigma | sampler | updates | seed | minutes | files"
-    text += [
-        "",
-        f"| {columns} |",
-        "| --- " * len(columns.split(" | ")) + "|",
-        *(row(site, name, r) for r in runs),
-    ]
-    for r in runs:
-        text += ["", f"## {pathlib.PurePath(r.folder).name}\n", details(site, name, r)]
+    columns = "preset | seed | record | EMA | raw | epsilon (PLD) | epsilon (RDP) | delta | sigma | sampler | updates | minutes"
+    line = "| --- " * len(columns.split(" | ")) + "|"
+    text += ["", f"| {columns} |", line, *(row(site, name, r) for r in runs), ""]
+    if any(len(r.record["curve"]) > 1 for r in runs):
+        text += ["## During training\n", f'<img class="figure" src="{curves(site, name, runs)}" width="620" '
+                 'alt="test accuracy over the updates, one line per run" loading="lazy">\n']  # fmt: skip
+    text += ["## In words\n", *(f"- {words(site, name, r)}" for r in runs)]
     statements: dict[str, list[str]] = {}
     for r in runs:
-        statements.setdefault(statement(r.record), []).append(pathlib.PurePath(r.folder).name)
+        statements.setdefault(statement(r.record), []).append(
+            f"{r.record['preset']}, seed {r.record['seed']}"
+        )
     for said, whose in statements.items():
         text += [
             "",
-            f"## Privacy statement{' of ' + ', '.join(whose) if len(statements) > 1 else ''}\n",
+            f"## Privacy statement{' (' + '; '.join(whose) + ')' if len(statements) > 1 else ''}\n",
             said,
         ]
     return "\n".join(text) + "\n"
@@ -147,15 +147,13 @@ def _statement(needed: str) -> str:
 
 def row(site: pages.Site, name: str, r: OnFile) -> str:
     """Returns the row of a run."""
-    p, accuracy = r.record["privacy"], r.record["accuracy"]
-    number = "{:.3f}".format
-    seconds, seed = r.record["seconds"], r.record["seed"]
+    p, accuracy, seconds, seed = (r.record[key] for key in ("privacy", "accuracy", "seconds", "seed"))
     cells = [
-        f"{r.record['preset']}, seed {seed}", f"{accuracy['ema']:.2f}", f"{accuracy['raw']:.2f}",
-        *(number(p[k]) if p.get(k) is not None else "-" for k in ("epsilon_pld", "epsilon_rdp")),
+        r.record["preset"], "secret" if seed is None else str(seed), copied(site, name, r),
+        f"{accuracy['ema']:.2f}", f"{accuracy['raw']:.2f}",
+        *(f"{p[k]:.3f}" if p.get(k) is not None else "-" for k in ("epsilon_pld", "epsilon_rdp")),
         f"{p['delta']:g}", f"{p['noise_multiplier']:.4g}", p["sampler"], f"{p['steps']:,}",
-        "secret" if seed is None else str(seed), "-" if seconds is None else f"{seconds / 60:.1f}",
-        copied(site, name, r),
+        "-" if seconds is None else f"{seconds / 60:.1f}",
     ]  # fmt: skip
     return "| " + " | ".join(cells) + " |"
 
@@ -173,38 +171,31 @@ def copied(site: pages.Site, name: str, r: OnFile) -> str:
     return ", ".join(links)
 
 
-def details(site: pages.Site, name: str, r: OnFile) -> str:
-    """Returns what stands below the table of one run."""
+def words(site: pages.Site, name: str, r: OnFile) -> str:
+    """Returns a run in words: what it did, on which images, and what keeps it out of the tables, if anything."""
     record = r.record
+    text = [results.row(record).replace("[", "(").replace("]", ")") + "."]
+    if record["data"]["note"]:
+        text.append(f"Images: {record['data']['note']}.")
     try:
         different = in_words(changed(record))
     except MALFORMED:
         different = ""
-    text = [results.row(record) + "."]
-    if record["data"]["note"]:
-        text.append(f"Images: {record['data']['note']}.")
     if different:
-        text.append(f"Settings changed from the registry, so that it is in no table: {different}.")
+        text.append(f"**In no table**, as its settings were changed from the registry: {different}.")
     if (site.files / r.folder / "curve.png").exists():
-        where = os.path.relpath(f"{r.folder}/curve.png", pathlib.PurePath(name).parent)
-        text.append(
-            f'<img class="figure" src="{where}" width="720" alt="accuracy and loss over the updates" loading="lazy">'
-        )
-    if len(record["curve"]) > 1:
-        text.append(curve(record["curve"]))
-    text += [
-        "<details><summary>Privacy statement</summary>",
-        *results.statement(record).split("\n\n"),
-        "</details>",
-    ]
-    return ["\n\n".join(text)]
+        text.append(f"[Its curve]({pages.GITHUB}/blob/main/{r.folder}/curve.png).")
+    return " ".join(text)
 
 
-def curve(points: list[dict[str, Any]]) -> str:
-    """Returns the measurements during a run as a table."""
-    head = "| update | epsilon | EMA | raw |\n| --- | --- | --- | --- |\n"
-    return head + "\n".join(
-        f"| {p['step']:,} | {'-' if p.get('epsilon') is None else format(p['epsilon'], '.3f')} | "
-        f"{p['ema_accuracy']:.2f} | {p['raw_accuracy']:.2f} |"
-        for p in points
-    )
+def curves(site: pages.Site, name: str, runs: list[OnFile]) -> str:
+    """Draws test accuracy over the updates, one line per run; returns the picture's path as the page sees it."""
+    file = f"curves/{name.removesuffix('.md').removeprefix('results/')}.svg"
+    with charts.style():
+        figure = charts.over_updates({
+            f"{r.record['preset']}, seed {r.record['seed']}": r.record["curve"]
+            for r in runs if len(r.record["curve"]) > 1
+        })  # fmt: skip
+        (site.files / file).parent.mkdir(parents=True, exist_ok=True)
+        charts.save(figure, site.files / file)
+    return os.path.relpath(file, pathlib.PurePath(name).parent)

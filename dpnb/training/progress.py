@@ -68,9 +68,12 @@ class Progress:
         }
         if self.bar is not None:
             self.bar.set_postfix_str(", ".join(f"{k} {v}" for k, v in shown.items()), refresh=False)
+            if first:
+                self.bar.initial = self.bar.n + 1
+                self.bar.start_t = self.bar.last_print_t = self.bar._time()
             self.bar.update()
             if first:
-                self.bar.initial, self.bar.start_t = self.bar.n, self.bar._time()
+                self.bar.refresh()
             return
         every = -(-self.total // 20)
         due = self.seconds if self.done % every else 1.0

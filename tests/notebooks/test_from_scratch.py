@@ -13,7 +13,7 @@ from dpnb.results import verification
 pytestmark = pytest.mark.notebook
 # Cells whose printed output is the same on every machine, by how they start.
 DETERMINISTIC = (
-    "loaded = data.load(",
+    "ours, loaded = notebook.or_embedded(",
     "if ours.augmult == 0",
     "mechanism = ours.mechanism(",
     "display(Markdown(results.statement(",
@@ -118,3 +118,29 @@ def test_nbval_and_running_again(demo, tmp_path):
     again = json.loads((demo.out / "result.json").read_text())
     for key in ("accuracy", "loss", "ledger", "curve", "privacy", "hyper_parameters"):
         assert again[key] == first[key], key
+
+
+def test_in_a_bare_folder_it_goes_on_with_digits(tmp_path):
+    """As somebody finds it who opens it without CIFAR-10 and a network: it trains on digits, and says so everywhere."""
+    changes = dict(pair.split("=") for pair in shared_runs.SMALL)
+    changes = {k: int(v) if v.isdigit() else v for k, v in changes.items()}
+    outputs, text = shared_runs.execute(
+        shared_runs.NOTEBOOK.name,
+        tmp_path,
+        bare=True,
+        changes={**changes, "depth": 10, "width": 1, "augmult": 1},
+    )
+    assert not [o for o in outputs if o.output_type == "error"]
+    assert "no network to https://" in text and "goes on with digits, which come with dpnb" in text
+    assert "digits: 1500 training" in text and "This run is on **digits**" in text
+    (record,) = (tmp_path / "runs" / "cifar10").rglob("result.json")
+    made = json.loads(record.read_text())
+    assert made["data"]["name"] == "digits" and made["paper"]["mean"] is None
+    assert "dataset=digits" in record.parent.name
+
+
+def test_a_run_with_a_place_of_its_own_has_its_data_or_fails(tmp_path):
+    """Nothing else is trained where CIFAR-10 was asked for."""
+    with pytest.raises(AssertionError, match="no network to https://"):
+        shared_runs.execute(shared_runs.NOTEBOOK.name, tmp_path)
+    assert not [*tmp_path.rglob("ledger.jsonl")]

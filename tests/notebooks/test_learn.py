@@ -6,6 +6,7 @@ import re
 import nbformat
 import pytest
 import shared_runs
+from answers import ANSWERS
 from shared_runs import execute
 from test_notebooks import ALL
 
@@ -23,12 +24,34 @@ def test_the_six_lectures():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_form(name):
-    """Goals and time at the beginning, exercises, references at the end."""
+    """Goals and time at the beginning, exercises with hidden solutions, an open task, references at the end."""
     cells = nbformat.read(FOLDER / name, 4).cells
     text = "\n".join(c.source for c in cells)
     assert "You will learn" in cells[0].source or "After this lecture you can" in cells[0].source
     assert "minutes" in cells[0].source and len(re.findall("[Ee]xercise", text)) >= 2
     assert "References" in cells[-1].source
+    assert text.count("### Open task") == 1
+    assert (
+        'solutions = False  # @param {type:"boolean"}'
+        in next(c for c in cells if c.cell_type == "code").source
+    )
+    solutions = [c for c in cells if "solution" in c.metadata.get("tags", ())]
+    assert (
+        len(solutions)
+        == len(ANSWERS[name])
+        == sum(
+            c.source.endswith("...  # yours here")
+            or "= ...  # yours" in c.source
+            or "return ...  # yours" in c.source
+            for c in cells
+        )
+    )
+    for cell in solutions:
+        assert cell.metadata["cellView"] == "form" and cell.metadata["jupyter"] == {"source_hidden": True}
+        (guard,) = ast.parse(
+            cell.source
+        ).body  # nothing runs, and nothing is shown, but where they are asked for
+        assert isinstance(guard, ast.If) and ast.unparse(guard.test) == "solutions" and not guard.orelse
 
 
 def unrepeatable(source: str) -> list[str]:
@@ -72,18 +95,45 @@ def test_what_is_unrepeatable_is_seen(source):
     assert not unrepeatable("r = np.random.default_rng(0); r.normal(3); jax.random.key(1)")
 
 
+ATTEMPT = """
+print({kind!r}, "answer to exercise {number},", {answer!r}, end=": ")
+check_{number}({answer})"""
+
+
+def with_attempts(notebook, answers):
+    """The lecture with a cell behind each check, which tries right and wrong answers."""
+    for number, (right, wrong) in answers.items():
+        assert len(right) >= 2 and len(wrong) >= 4
+        (place,) = [i for i, c in enumerate(notebook.cells) if c.source.startswith(f"def check_{number}(")]
+        tried = [("right", answer) for answer in right] + [("wrong", answer) for answer in wrong]
+        source = "# attempts" + "".join(ATTEMPT.format(kind=k, number=number, answer=a) for k, a in tried)
+        notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(source))
+    return notebook
+
+
 @pytest.mark.notebook
 @pytest.mark.parametrize("name", NAMES)
 def test_lecture(name, tmp_path):
-    """From top to bottom; one of them twice, and what cells print that time nothing is the same both times.
+    """From top to bottom with its solutions, in a bare folder; and what its checks say of other answers.
 
-    The second time with nbval, in lax mode: only cells with text alone are compared, figures are not.
+    One of them twice, the second time with nbval, in lax mode: what cells print that time nothing is the same both
+    times. Only cells with text alone are compared, figures are not.
     """
-    outputs, text = execute(f"learn/{name}", tmp_path, optimised=True)
+    notebook = with_attempts(nbformat.read(FOLDER / name, 4), ANSWERS[name])
+    nbformat.write(notebook, tmp_path / name)
+    outputs, text = execute(tmp_path / name, tmp_path / "out", optimised=True, solutions=True)
     assert not [o for o in outputs if o.output_type == "error"]
     assert sum("image/png" in o.get("data", {}) for o in outputs) >= 2
-    assert text.count("right") >= 2 and "not yet" not in text
-    checked = nbformat.read(tmp_path / name, 4)
+    judged = re.findall(
+        r"^(right|wrong) answer to exercise (\d+), (.+?): (right|no answer yet|not yet)", text, re.M
+    )
+    assert len(judged) == sum(len(r) + len(w) for r, w in ANSWERS[name].values())
+    assert not [x for x in judged if (x[0] == "right") != (x[3] == "right")]
+    assert text.count("no answer yet") == len(ANSWERS[name])  # what a student sees first
+    checked = nbformat.read(tmp_path / "out" / name, 4)
+    solved = [c for c in checked.cells if "solution" in c.metadata.get("tags", ())]
+    assert all(c.outputs[0].text.startswith("right") for c in solved)
+    checked.cells = [c for c in checked.cells if not c.source.startswith("# attempts")]
     compared = 0
     for cell in checked.cells:
         shown = cell.get("outputs", ())
@@ -94,6 +144,10 @@ def test_lecture(name, tmp_path):
     assert compared >= 3
     if name != AGAIN:
         return
+    for cell in checked.cells:  # and without solutions nothing is said of them
+        cell.source = cell.source.replace("solutions = True", "solutions = False")
+        if "solution" in cell.metadata.get("tags", ()):
+            cell.outputs = []
     nbformat.write(checked, tmp_path / "checked.ipynb")
     done = shared_runs.python(
         "-m", "pytest", "--nbval-lax", "-p", "no:cacheprovider", f"--rootdir={tmp_path}", tmp_path / "checked.ipynb"

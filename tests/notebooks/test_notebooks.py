@@ -185,3 +185,79 @@ def test_story():
     for item in order:
         position = text.find(item, position)
         assert position >= 0, item
+
+
+LINK = re.compile(r"\]\(((?!https?:)[^)#]+\.ipynb)\)")
+ON_COLAB = "https://colab.research.google.com/github/dpnb/dpnb/blob/main/notebooks/"
+
+
+def prose(path) -> str:
+    return "\n".join(cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "markdown")
+
+
+@everyone
+def test_links_to_other_notebooks_lead_there(path):
+    """Relative ones for JupyterLab and GitHub, and beside each, at the end, one for Colab, where relative ones lead nowhere."""
+    linked = {(path.parent / target).resolve() for target in LINK.findall(prose(path))}
+    assert linked and all(target.is_file() for target in linked)
+    for target in linked:
+        assert f"({ON_COLAB}{target.relative_to(FOLDER)})" in prose(path)
+    assert not re.findall(r"`[^`]*\.ipynb`", prose(path)), "names of notebooks are links"
+
+
+def test_there_are_many_links():
+    assert sum(len(LINK.findall(prose(path))) for path in ALL.values()) >= 25
+    lectures = [path for name, path in ALL.items() if name.startswith("learn/")]
+    for before, after in zip(lectures, lectures[1:], strict=False):
+        assert f"Next: [lecture {after.name[:2]}" in prose(before)
+
+
+@everyone
+def test_every_reference_has_a_link(path):
+    references = nbformat.read(path, 4).cells[-1].source.split("References:")[1].split("\n---\n")[0]
+    for reference in re.split(r"\. (?=[A-Z])", " ".join(references.split())):
+        assert "](http" in reference or reference.startswith("Other sources: the table above"), reference
+
+
+@everyone
+def test_set_up_is_folded(path):
+    """So that a notebook begins with its subject."""
+    (setup,) = tagged("colab", nbformat.read(path, 4))
+    assert setup.source.startswith("# @title ")
+    assert setup.metadata["cellView"] == "form" and setup.metadata["jupyter"] == {"source_hidden": True}
+
+
+def test_every_lecture_begins_with_its_subject():
+    """Parameters, a folded set-up, folded imports; then words."""
+    for name, path in ALL.items():
+        if name.startswith("learn/"):
+            title, parameters, note, setup, imports, *rest = nbformat.read(path, 4).cells
+            assert [c.cell_type for c in (title, parameters, note)] == ["markdown", "code", "markdown"], name
+            assert "notebook.lecture_style()" in imports.source
+            until = next(i for i, c in enumerate(rest) if c.cell_type == "markdown")
+            for cell in (setup, imports, *rest[:until]):
+                assert cell.metadata["jupyter"] == {"source_hidden": True}
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"stepz": 3}, "no hyper-parameter 'stepz'; did you mean steps?"),
+        ({"seed": 3}, "changes must leave seed alone, got 3; it is the parameter `seed`"),
+        ([3], "changes must be a dictionary"),
+        ("steps", "changes must be a dictionary"),
+    ],
+)
+def test_bad_changes_are_refused_in_a_line(changes, said):
+    """By the notebook's own first cell, as on the command line."""
+    (cell,) = [c for c in CODE if "read_changes" in c.source]
+    with pytest.raises(ValueError, match=re.escape(said)):
+        exec(cell.source, {**assignments(CODE[0].source), "changes": changes})
+
+
+@everyone
+def test_changes_are_read_wherever_they_are_a_parameter(path):
+    notebook = nbformat.read(path, 4)
+    (parameters,) = tagged("parameters", notebook)
+    asks = "changes = " in parameters.source
+    assert asks == any("experiments.read_changes(changes)" in cell.source for cell in notebook.cells)

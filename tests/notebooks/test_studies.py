@@ -1,6 +1,7 @@
 """Each study's notebook, executed by papermill: two cells trained for two updates, all records shown."""
 
 import json
+import re
 import runpy
 
 import nbformat
@@ -9,6 +10,7 @@ import shared_runs
 from shared_runs import execute
 
 from dpnb import results, sweep
+from dpnb.commands import classes
 from dpnb.experiments import studies
 
 PATTERNS = {  # a part of each study
@@ -35,8 +37,12 @@ def test_every_study_has_a_notebook():
 @pytest.mark.notebook
 @pytest.mark.parametrize("name", PATTERNS)
 def test_shows_what_is_on_record(name, tmp_path):
-    """From top to bottom without training: the committed runs, once, each with its scale and count."""
-    outputs, text = execute(name, tmp_path, train=False)
+    """From top to bottom in a bare folder, without CIFAR and a network: the committed runs, once, each with its scale
+    and count, and a sentence that says so."""
+    outputs, text = execute(name, tmp_path, bare=True)
+    assert "no network to https://" in text and "170 MB" not in text
+    assert "cifar10 is not on this machine: nothing is trained, and the runs on record are shown" in text
+    assert not (tmp_path / "runs").exists()
     figures = {
         "cifar10_ablation.ipynb": 3,
         "cifar10_batch_noise_steps.ipynb": 5,
@@ -62,12 +68,37 @@ def test_trains_and_shows(tmp_path):
 SHOWN = runpy.run_path(str(shared_runs.NOTEBOOK.parent / "execute.py"))["NAMES"]
 
 
+def test_all_lectures_and_studies_have_an_executed_copy_and_no_answer_is_in_it():
+    """Those that train as they stand, and the two of single cells, have none."""
+    folder = shared_runs.NOTEBOOK.parent
+    everything = {str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.ipynb")}
+    training = {
+        "demo",
+        "cifar10_from_scratch",
+        "pretrain_public",
+        "imagenet_from_scratch",
+        "imagenet_finetune",
+    }
+    assert set(SHOWN) == everything - training
+    for name in SHOWN:
+        if name.startswith("learn/"):
+            cells = nbformat.read(shared_runs.ROOT / "results" / "notebooks" / f"{name}.ipynb", 4).cells
+            assert not [
+                c
+                for c in cells
+                if "solution" in c.metadata.get("tags", ()) or "# @title Solution" in c.source
+            ]
+            said = "".join(o.get("text", "") for c in cells for o in c.get("outputs", ()))
+            assert "no answer yet" in said and not re.search("^right$", said, re.M)
+
+
 @pytest.mark.parametrize("name", SHOWN)
 def test_the_executed_copy_is_that_of_the_notebook(name):
     """Nothing in it is older than the notebook; to renew it: python notebooks/execute.py NAME."""
     shown = nbformat.read(shared_runs.ROOT / "results" / "notebooks" / f"{name}.ipynb", 4)
     plain = nbformat.read(shared_runs.NOTEBOOK.parent / f"{name}.ipynb", 4)
     cells = [c for c in shown.cells if "injected-parameters" not in c.metadata.get("tags", ())]
+    plain = classes.without_solutions(plain) if name.startswith("learn/") else plain
     assert [c.source for c in cells] == [c.source for c in plain.cells]
     outputs = [o for c in cells for o in c.get("outputs", ())]
     assert any("image/png" in o.get("data", {}) for o in outputs)

@@ -33,7 +33,7 @@ def test_few_plain_lines(clock, capsys, total):
     lines = out.splitlines()
     assert 1 <= len(lines) <= 21 and "\r" not in out + err
     assert lines[-1].startswith(f"update {total}/{total} ")
-    for said in ("loss 1.500", "train 40.0%", "epsilon <= 0.75", "examples/s", "time left"):
+    for said in ("loss 1.500", "train 40.0%", "epsilon at most 0.75", "examples/s", "time left"):
         assert said in lines[-1]
 
 
@@ -92,3 +92,17 @@ def test_a_bar_where_somebody_watches(monkeypatch, capsys):
         bar.show(POINT)
     out, err = capsys.readouterr()
     assert not out and "1/5" in err
+
+
+def test_the_bar_too_leaves_out_the_first_update(monkeypatch, capsys):
+    """Of a minute of compilation nothing is in the time left: twenty updates of a second each are seventeen more seconds."""
+    monkeypatch.setenv("DPNB_PROGRESS", "bar")
+    now = [1000.0]
+    with progress.Progress(20) as bar:
+        bar.bar._time = lambda: now[0]
+        for seconds in (60.0, 1.0, 1.0):
+            now[0] += seconds
+            bar.show(POINT)
+    lines = [line for line in capsys.readouterr().err.split("\r") if line.strip()]
+    assert not any("<19:" in line for line in lines) and "3/20 [00:02<00:17" in lines[-1]
+    assert "epsilon at most 0.75, " in lines[-1] and "<==" not in lines[-1]
