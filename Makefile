@@ -9,7 +9,7 @@ WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 
 CONSTRAINTS := --constraint constraints.txt
 
-.PHONY: demo test test-fast test-newest lab lint compiled bundle constraints clean
+.PHONY: demo test test-fast test-newest lab lint site compiled bundle constraints clean
 
 # The main job on an embedded data set, at three budgets: no download, about a minute after installation.
 demo: $(VENV)/.demo
@@ -51,6 +51,10 @@ bundle: $(VENV)/.demo
 	$(BIN)/python -m pip install -q uv
 	$(BIN)/python benchmarks/bundle.py bundle $(BUNDLE_OPTIONS)
 
+# The documentation as a static site in the folder `site`: from what is committed, nothing executed, no network.
+site: $(VENV)/.site
+	$(BIN)/python docs/site/build.py site
+
 lab: $(VENV)/.lab
 	$(BIN)/jupyter lab $(LAB_OPTIONS) notebooks
 
@@ -68,7 +72,11 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e '.[test]'
+	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e '.[site,test]'
+	touch $@ $(VENV)/.demo $(VENV)/.site
+
+$(VENV)/.site: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e '.[site]'
 	touch $@ $(VENV)/.demo
 
 $(VENV)/.lab: pyproject.toml constraints.txt | $(VENV)/bin/python
@@ -76,4 +84,4 @@ $(VENV)/.lab: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@ $(VENV)/.demo
 
 clean:
-	rm -rf $(VENV) .venv-newest .compilers build dist *.egg-info
+	rm -rf $(VENV) .venv-newest .compilers build dist site *.egg-info

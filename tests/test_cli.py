@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import tomllib
 import types
 
@@ -123,6 +124,42 @@ def test_notebooks_are_copied_but_never_over_a_file(capsys, here):
     assert "learn/01_dp_sgd_by_hand.ipynb" in there and not (here / "nowhere").exists()
     for name in {*there} - {"cifar10_table.ipynb"}:
         assert (here / "nb" / name).read_bytes() == (folders.NOTEBOOKS / name).read_bytes()
+
+
+def test_a_class_gets_lectures_without_solutions_and_with_them(capsys, here):
+    assert cli.main(["notebooks", "nb", "--for-class"]) == 0
+    names = [path.name for path in sorted((folders.NOTEBOOKS / "learn").glob("*.ipynb"))]
+    for name in names:
+        plain = (folders.NOTEBOOKS / "learn" / name).read_text()
+        students, answers = (
+            (here / "nb" / who / "learn" / name).read_text() for who in ("students", "answers")
+        )
+        assert plain.count('"solution"') >= 3 and "solutions = False" in plain
+        assert not re.search(r'"solution"|solutions = |@title Solution|if solutions', students)
+        assert students.count("yours here") == plain.count("yours here") >= 3
+        assert answers.count('"solution"') == plain.count('"solution"') and "solutions = True" in answers
+        assert "source_hidden" in students  # set-up stays folded
+    assert (here / "nb" / "students" / "demo.ipynb").read_bytes() == (
+        folders.NOTEBOOKS / "demo.ipynb"
+    ).read_bytes()
+    capsys.readouterr()
+    assert cli.main(["notebooks", "nb", "--for-class"]) == 0
+    assert "copied to nb: 0\nleft alone" in capsys.readouterr().out
+
+
+def test_runs_have_one_place(monkeypatch, tmp_path):
+    """In the checkout, from anywhere inside it; else in the working directory: for notebooks and commands alike."""
+    monkeypatch.setattr(folders, "INSTALLED", False)
+    for place, runs in (
+        (folders.ROOT, folders.ROOT / "runs"),
+        (folders.ROOT / "docs", folders.ROOT / "runs"),
+        (tmp_path, tmp_path / "runs"),
+    ):
+        monkeypatch.chdir(place)
+        assert folders.runs().absolute() == runs
+    monkeypatch.chdir(folders.ROOT / "docs")
+    monkeypatch.setattr(folders, "INSTALLED", True)
+    assert folders.runs().absolute() == folders.ROOT / "docs" / "runs"
 
 
 def test_notebooks_need_folders_that_can_be_written(capsys, here):

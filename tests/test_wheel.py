@@ -113,7 +113,7 @@ from dpnb.models import weights
 from dpnb.results import provenance
 from dpnb.training import identity
 site = pathlib.Path(dpnb.__file__).parents[1]
-print(site, identity.code(), repr(provenance.git_revision()), folders.RUNS.absolute(), sep="\\n")
+print(site, identity.code(), repr(provenance.git_revision()), folders.runs().absolute(), sep="\\n")
 weights.load("wrn-10-2-textures")
 """
 

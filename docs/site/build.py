@@ -49,7 +49,7 @@ def main() -> int:
         source = pathlib.Path(folder, "source")
         with warnings.catch_warnings(
             action="ignore", category=LeftOut
-        ):  # their pages say why they are in no table
+        ):  # records in no table say why on their page
             gather(source)
         made = pathlib.Path(folder, "html")
         status = sphinx(

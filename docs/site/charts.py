@@ -100,7 +100,8 @@ def drawn(
     means, spreads = zip(*map(number, rows[column]), strict=True)
     axis.errorbar(
         rows["epsilon"].astype(float), means, yerr=spreads, label=label, color=colour, marker=marker, linestyle=line,
-        capsize=2, markerfacecolor="white" if hollow else colour, markersize=7, zorder=2 if hollow else 3,
+        capsize=2, markerfacecolor="none" if line == "none" else "white" if hollow else colour, zorder=4 if line == "none" else 3,
+        markersize=9 if line == "none" else 7,
     )  # fmt: skip
 
 
@@ -119,7 +120,7 @@ def beside(frame, prefix: str, title: str) -> Figure:
             place, mean, xerr=deviation, color=BLUE, height=0.62, hatch="" if row.preset == "paper" else "///",
             edgecolor="white", label=f"ours, preset {row.preset} (mean, std)" if place == 0 else None,
         )  # fmt: skip
-        axis.text(mean - 1.5, place, f"{row.ours.replace('+-', '±')}  n = {row.n}", va="center", ha="right", fontsize=8,
+        axis.text(mean - 3, place, f"{row.ours.replace('+-', '±')}  n = {row.n}", va="center", ha="right", fontsize=8,
                   bbox=dict(facecolor="white", edgecolor="none", pad=1.2))  # fmt: skip
     known = [(p, number(row.paper)) for p, row in enumerate(frame.itertuples()) if row.paper != "-"]
     axis.errorbar(
@@ -153,7 +154,7 @@ def published(frame, title: str) -> Figure:
             means = [number(frame["ours" if label == "ours" else "paper"].iloc[p])[0] for p in places]
             axis.plot(means, places, marker, color=colour, label=label, markersize=7)
             for place, mean in zip(places, means, strict=True):
-                axis.text(mean + 1.8, place, f"{mean:.1f}", va="center", fontsize=8)
+                axis.text(mean + 2.5, place, f"{mean:.1f}", va="center", fontsize=8)
     names = frame["experiment"].str.replace("imagenet/", "").str.replace("finetune/", "")
     axis.set_yticks(range(len(frame)), names)
     axis.set_ylim(len(frame) - 0.4, -0.6)

@@ -1,6 +1,5 @@
 """The first page: one picture for each table and study, drawn from the records, and one sentence on what it shows."""
 
-import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -31,7 +30,7 @@ class Card(NamedTuple):
 
     title: str
     notebook: str
-    draw: Callable[[list[dict[str, Any]]], tuple[list[Figure], str]]
+    draw: Callable[[list[dict[str, Any]]], tuple[Figure, str]]
 
 
 def study(name: str, records, fields=()):
@@ -67,7 +66,7 @@ def table(records):
         f"{r.ours} % at epsilon {r.epsilon:g} (n = {r.n}) beside the published {r.paper}"
         for r in best.itertuples()
     )
-    return [figure], (
+    return figure, (
         f"A linear layer on fixed scattering features, trained at full scale, gives {reached or 'no number yet'}; "
         "of the paper's own networks only smaller ones have been run."
     ).replace("+-", "±")
@@ -81,7 +80,7 @@ def finetuning(records):
         ran, "cifar10/finetune/", "CIFAR-10, ours at smaller scale (WRN-10-2, preset teach)"
     )
     small = sweep.on_record("cifar10/finetune/*", "teach", records)["teach"]
-    return [figure], (
+    return figure, (
         "Beginning with public photographs, and training the classifier alone, changes the small network's accuracy at "
         f"epsilon 1 by {gain(small, 'classifier/eps1', 'scratch/eps1')} against beginning from scratch."
     )
@@ -93,7 +92,7 @@ def textures(records):
     order = ["scratch/eps1", "textures-classifier/eps1", "textures-all/eps1", "all/eps1", "classifier/eps1"]
     shown = frame.set_index("cell").loc[order].reset_index()
     figure = plots.bars(shown, f"Epsilon 1, {smaller('teach')}")
-    return [charts.fitted(figure)], (
+    return charts.fitted(figure), (
         "Images of random processes instead of photographs, all layers trained: "
         f"{gain(frame, 'textures-all/eps1', 'scratch/eps1')} against beginning from scratch."
     )
@@ -106,7 +105,7 @@ def imagenet(records):
     runs = int(sum(n for n in frame["n"] if n != "-"))
     impossible = int(frame["status"].str.startswith("impossible").sum())
     ours = f"{runs} runs of ours are at this scale" if runs else "No run of ours is at this scale yet"
-    return [figure], (
+    return figure, (
         f"{ours}. {impossible} of these {len(frame)} numbers nobody outside can try, since the network saw photographs "
         "that were never released."
     )
@@ -116,7 +115,7 @@ def ablation(records):
     """Draws the ladder of techniques."""
     scale, frame = study("ablation", records)
     figure = plots.bars(part(frame, *"0123456789"), f"Epsilon 8, {smaller(scale)}")
-    return [charts.fitted(figure)], (
+    return charts.fitted(figure), (
         f"The whole recipe against the network without normalisation: {gain(frame, '5-ema', '0-no-norm')}; without "
         f"clipping and noise the same network gains another {gain(frame, 'private-none', '5-ema')}."
     )
@@ -129,7 +128,7 @@ def augmult(records):
         {f"preset {scale}": frame}, "K", "K, views per image (0: the plain image)",
         f"Epsilon 8, {smaller(scale)}", spacing="equal",
     )  # fmt: skip
-    return [charts.fitted(figure)], f"Eight views inside the clip instead of one: {gain(frame, 'k8', 'k1')}."
+    return charts.fitted(figure), f"Eight views inside the clip instead of one: {gain(frame, 'k8', 'k1')}."
 
 
 def batch(records):
@@ -147,36 +146,39 @@ def batch(records):
         f"Epsilon 8, {smaller(scale)}",
         ticks=False,
     )
-    return [charts.fitted(figure)], (
+    return charts.fitted(figure), (
         f"A batch sixteen times as large at the same epsilon: {gain(frame, 'b4096', 'b256')}; sixteen times as many "
         f"updates: {gain(frame, 't2500', 't156')}."
     )
 
 
-def depth_width(records):
-    """Draws depth and width."""
+def depth(records):
+    """Draws depth."""
     scale, frame = study("depth-width", records, ("depth", "width"))
-    name = f"preset {scale}"
-    deep = plots.lines(
-        {name: part(frame, "d")},
+    figure = plots.lines(
+        {f"preset {scale}": part(frame, "d")},
         "depth",
         "depth (layers)",
-        f"Depth, epsilon 8, {smaller(scale)}",
+        f"Epsilon 8, {smaller(scale)}",
         spacing="linear",
     )
-    wide = plots.lines(
-        {name: part(frame, "w")}, "width", "widening factor", f"Width, epsilon 8, {smaller(scale)}"
+    return charts.fitted(figure, 3.8), f"WRN-16 instead of WRN-10: {gain(frame, 'd16', 'd10')}."
+
+
+def width(records):
+    """Draws width."""
+    scale, frame = study("depth-width", records, ("depth", "width"))
+    figure = plots.lines(
+        {f"preset {scale}": part(frame, "w")}, "width", "widening factor", f"Epsilon 8, {smaller(scale)}"
     )
-    return [charts.fitted(f, 3.6) for f in (deep, wide)], (
-        f"Four times as wide: {gain(frame, 'w4', 'w1')}. WRN-16 instead of WRN-10: {gain(frame, 'd16', 'd10')}."
-    )
+    return charts.fitted(figure, 3.8), f"Four times as wide: {gain(frame, 'w4', 'w1')}."
 
 
 def lr_clip(records):
     """Draws learning rate and clipping norm."""
     scale, frame = study("lr-clip", records, ("learning_rate", "clip_norm"))
     figure = plots.grid(frame, "learning_rate", "clip_norm", f"Epsilon 8, {smaller(scale)}")
-    return [charts.fitted(figure, 4.4)], (
+    return charts.fitted(figure, 4.4), (
         f"Small clipping norms matter little (C = 0.1 instead of 1 at learning rate 2: {gain(frame, 'lr2-c0.1', 'lr2-c1')}), "
         f"large ones hurt (C = 10: {gain(frame, 'lr2-c10', 'lr2-c1')})."
     )
@@ -185,15 +187,16 @@ def lr_clip(records):
 TABLE_CARDS = (
     Card("CIFAR-10 from scratch", "cifar10_table", table),
     Card("Fine-tuning from public images", "cifar_finetune", finetuning),
+    Card("No photographs at all", "cifar_no_public_images", textures),
     Card("ImageNet and Places-365", "imagenet_finetune", imagenet),
 )
 STUDY_CARDS = (
     Card("What each technique is worth", "cifar10_ablation", ablation),
     Card("Augmentation multiplicity", "cifar10_augmult", augmult),
     Card("Batch size, noise, updates", "cifar10_batch_noise_steps", batch),
-    Card("Depth and width", "cifar10_depth_width", depth_width),
+    Card("Depth", "cifar10_depth_width", depth),
+    Card("Width", "cifar10_depth_width", width),
     Card("Learning rate and clipping norm", "cifar10_lr_clip", lr_clip),
-    Card("No photographs at all", "cifar_no_public_images", textures),
 )
 
 
@@ -212,16 +215,13 @@ def write(site: pages.Site, on_file, notebooks: list[str]) -> None:
 
 
 def card_of(site: pages.Site, card: Card, records) -> str:
-    """Draws the pictures of a card, and returns its Markdown."""
-    figures, sentence = card.draw(records)
+    """Draws the picture of a card, and returns its Markdown."""
+    figure, sentence = card.draw(records)
     name = f"notebooks/{card.notebook}.ipynb"
     link = site.link("index.md", name) if name in site.pages else f"{pages.GITHUB}/blob/main/{name}"
-    text = [":::{container} card-of", f"### [{card.title}]({link})\n"]
-    for number, figure in enumerate(figures, 1):
-        file = f"glance/{pathlib.PurePath(card.notebook).name}-{number}.svg"
-        charts.save(figure, site.source / file)
-        text.append(f"![{card.title}]({file})\n")
-    return "\n".join([*text, f"{sentence}\n", ":::"])
+    file = f"glance/{card.draw.__name__}.svg"
+    charts.save(figure, site.source / file)
+    return f":::{{container}} card-of\n### [{card.title}]({link})\n\n![{card.title}]({file})\n\n{sentence}\n\n:::"
 
 
 def contents(notebooks: list[str]) -> str:

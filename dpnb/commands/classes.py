@@ -1,12 +1,14 @@
 """Copies of the notebooks for a class: the lectures without their solutions for students, and with them for whoever teaches."""
 
+import copy
 import pathlib
-
-import nbformat
-from nbformat import NotebookNode
+from typing import TYPE_CHECKING
 
 from dpnb.commands.copying import copy_notebooks
 from dpnb.files import write_atomic
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
 
 STUDENTS, ANSWERS = "students", "answers"
 PARAMETER = "solutions = "
@@ -14,9 +16,9 @@ PARAMETER = "solutions = "
 HIDDEN = " Solutions stay hidden unless you set `solutions = True` and run on."
 
 
-def without_solutions(notebook: NotebookNode) -> NotebookNode:
+def without_solutions(notebook: "NotebookNode") -> "NotebookNode":
     """Returns a lecture without the cells that are tagged `solution`, and without the parameter that shows them."""
-    made = nbformat.from_dict(notebook)
+    made = copy.deepcopy(notebook)
     made.cells = [cell for cell in made.cells if "solution" not in cell.metadata.get("tags", ())]
     for cell in made.cells:
         if "parameters" in cell.metadata.get("tags", ()):
@@ -27,9 +29,9 @@ def without_solutions(notebook: NotebookNode) -> NotebookNode:
     return made
 
 
-def with_answers(notebook: NotebookNode) -> NotebookNode:
+def with_answers(notebook: "NotebookNode") -> "NotebookNode":
     """Returns a lecture with its solutions unfolded, to be shown when it runs."""
-    made = nbformat.from_dict(notebook)
+    made = copy.deepcopy(notebook)
     for cell in made.cells:
         tags = cell.metadata.get("tags", ())
         if "parameters" in tags:
@@ -47,6 +49,8 @@ def copy_for_class(directory: pathlib.Path) -> tuple[list[pathlib.Path], list[pa
     Raises:
       FileNotFoundError, OSError, ValueError: as `copy_notebooks` does.
     """
+    import nbformat
+
     copied, left = [], []
     for folder, change in ((STUDENTS, without_solutions), (ANSWERS, with_answers)):
         made, old = copy_notebooks(directory / folder)

@@ -51,8 +51,8 @@ def get(name: str, preset: str = "paper", **changes) -> Experiment:
     for key in changes:
         if key not in FIELDS:
             raise TypeError(unknown(key))
-    changes = {"preset": preset, **_PRESET_OVERRIDES[name](e, preset), **changes}
-    made = e.on(changes["dataset"]).replace(**changes) if "dataset" in changes else e.replace(**changes)
+    made = e.on(changes.get("dataset", e.dataset))
+    made = made.replace(**{"preset": preset, **_PRESET_OVERRIDES[name](e, preset), **changes})
     for_accelerators = preset in ("colab", "paper") and not (made.on_features or name.startswith("digits/"))
     if for_accelerators and "compute_dtype" not in changes:
         made = made.replace(compute_dtype="auto")
