@@ -20,6 +20,7 @@ NEEDED = ("sphinx", "myst_nb", "sphinx_book_theme", "sphinx-mathjax-offline")
 MISSING = [name for name in NEEDED if find_spec(name) is None]
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::dpnb.results.LeftOut"),
     pytest.mark.skipif(bool(MISSING), reason=f"the extra `site` is not installed: {', '.join(MISSING)}"),
 ]
 NOT_LOADED = {"a", "form"}  # what they name is opened by a click only

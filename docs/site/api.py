@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import inspect
+import itertools
 import pathlib
 import re
 
@@ -61,13 +62,14 @@ def entry(package, name: str) -> str:
     """Returns the directive that documents a public name."""
     value, full = getattr(package, name), f"{package.__name__}.{name}"
     if inspect.isclass(value):
-        text = f".. autoclass:: {full}\n   :members:"
-        return f"{text}\n\n{fields(value)}" if described(value) else text
+        if described(value):
+            return f".. autoclass:: {full}(**fields)\n   :members:\n\n{fields(value)}"
+        return f".. autoclass:: {full}\n   :members:"
     if inspect.isfunction(value):
         return f".. autofunction:: {full}"
     shown = " ".join(repr(value).split())
     shown = shown if len(shown) <= 90 and " at 0x" not in shown else ""
-    text = f".. py:data:: {full}\n" + (f"   :value: {shown}\n" if shown else "")
+    text = f".. py:data:: {name}\n" + (f"   :value: {shown}\n" if shown else "")
     return f"{text}\n   {comment(package, name, value)}".rstrip()
 
 
@@ -88,10 +90,15 @@ def described(value: type) -> bool:
 
 def fields(value: type) -> str:
     """Returns a table of the fields of a class."""
-    rows = ["* - field", "  - default", "  - what it is"]
+    rows = ["* - field", "  - group", "  - default", "  - what it is"]
     for f in dataclasses.fields(value):
         default = "" if f.default is dataclasses.MISSING else f" ``{f.default!r}``"
-        rows += [f"* - ``{f.name}``", f"  -{default}", f"  - {marked(f.metadata['about'])}"]
+        rows += [
+            f"* - ``{f.name}``",
+            f"  - {f.metadata['group']}",
+            f"  -{default}",
+            f"  - {marked(f.metadata['about'])}",
+        ]
     return "   .. list-table::\n      :header-rows: 1\n\n" + "\n".join(f"      {row}" for row in rows)
 
 
@@ -111,6 +118,8 @@ def as_restructured_text(app, what, name, value, options, lines: list[str]) -> N
     A line "name: what it is" that begins or goes on a list of such lines becomes an item, and a list gets room.
     """
     made, section, items, example = [], False, False, False
+    if inspect.isclass(value) and described(value):  # the table of `fields` says the rest
+        lines[:] = itertools.takewhile(lambda line: not line.lstrip().startswith("Fields"), lines)
     for line in lines:
         text, indented = line.strip(), line.startswith(" ")
         example = (example and bool(text)) or text.startswith(">>>")

@@ -122,11 +122,17 @@ def beside(frame, prefix: str, title: str) -> Figure:
         )  # fmt: skip
         axis.text(mean - 3, place, f"{row.ours.replace('+-', '±')}  n = {row.n}", va="center", ha="right", fontsize=8,
                   bbox=dict(facecolor="white", edgecolor="none", pad=1.2))  # fmt: skip
-    known = [(p, number(row.paper)) for p, row in enumerate(frame.itertuples()) if row.paper != "-"]
-    axis.errorbar(
-        [mean for _, (mean, _) in known], [p for p, _ in known], xerr=[s for _, (_, s) in known], fmt="D", color=ORANGE,
-        markerfacecolor="white", markersize=7, label="paper, full scale: another, larger network (not comparable)",
-    )  # fmt: skip
+    flagged = frame["paper"].str.contains("unverified").to_numpy()
+    for which, marker, label in (
+        (~flagged & (frame["paper"] != "-"), "D", "paper, full scale: a larger network, not comparable"),
+        (flagged, "s", "the same, unverified"),
+    ):
+        places = np.flatnonzero(which)
+        if len(places):
+            means, spreads = zip(*(number(frame["paper"].iloc[p]) for p in places), strict=True)
+            axis.errorbar(
+                means, places, xerr=spreads, fmt=marker, color=ORANGE, markerfacecolor="white", label=label
+            )
     axis.set_yticks(range(len(frame)), [name.removeprefix(prefix) for name in frame["experiment"]])
     axis.set_ylim(len(frame) - 0.4, -0.6)
     axis.set(xlabel="test accuracy (%)", xlim=(0, 100), title=title)
@@ -149,16 +155,18 @@ def published(frame, title: str) -> Figure:
         (impossible, GREY, "X", "paper, impossible in public (JFT-300M)"),
         (frame["n"] != "-", BLUE, "o", "ours"),
     ):
+        cells = frame["ours" if label == "ours" else "paper"]
         places = np.flatnonzero(which)
         if len(places):
-            means = [number(frame["ours" if label == "ours" else "paper"].iloc[p])[0] for p in places]
+            means = [number(cells.iloc[p])[0] for p in places]
             axis.plot(means, places, marker, color=colour, label=label, markersize=7)
             for place, mean in zip(places, means, strict=True):
-                axis.text(mean + 2.5, place, f"{mean:.1f}", va="center", fontsize=8)
+                flag = " *" if "unverified" in cells.iloc[place] else ""
+                axis.text(mean + 2.5, place, f"{mean:.1f}{flag}", va="center", fontsize=8)
     names = frame["experiment"].str.replace("imagenet/", "").str.replace("finetune/", "")
     axis.set_yticks(range(len(frame)), names)
     axis.set_ylim(len(frame) - 0.4, -0.6)
-    axis.set(xlabel="validation accuracy, top 1 (%)", xlim=(0, 100), title=title)
+    axis.set(xlabel="validation accuracy, top 1 (%); * unverified", xlim=(0, 100), title=title)
     axis.grid(alpha=0.3, axis="x")
     figure.legend(fontsize=8, loc="outside lower center")
     return figure

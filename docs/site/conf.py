@@ -42,6 +42,7 @@ html_theme_options = {
     "use_fullscreen_button": False,
     "use_source_button": False,
     "home_page_in_toc": True,
+    "navbar_persistent": [],  # the search is at the side
     "show_navbar_depth": 1,
     "show_toc_level": 2,
     "pygments_light_style": "a11y-light",

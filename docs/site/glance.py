@@ -23,6 +23,9 @@ the notebook, as executed, with every number.
 show what a technique does, and are **not comparable** with the paper's numbers. *Unverified*: a number of the paper that was
 not checked against its PDF. [What a status means](docs/results.md), [how to make each number again](docs/reproduce.md).
 """
+STUDIES = """The paper shows its studies as figures whose values are not public as numbers, so ours stand alone. Differences are
+between means, ± their standard error; those of less than three standard errors show nothing.
+"""
 
 
 class Card(NamedTuple):
@@ -34,9 +37,9 @@ class Card(NamedTuple):
 
 
 def study(name: str, records, fields=()):
-    """Returns the scale and the summary of a study, at the largest scale at which it has been run."""
+    """Returns the scale and the summary of a study, at the scale at which most of its cells have been run."""
     frames = sweep.on_record(f"cifar10/{name}/*", "paper", records, fields)
-    return next((scale, frame) for scale, frame in frames.items() if frame["n"].sum())
+    return max(frames.items(), key=lambda pair: int((pair[1]["n"] > 0).sum()))
 
 
 def smaller(scale: str) -> str:
@@ -47,6 +50,8 @@ def smaller(scale: str) -> str:
 def gain(frame, cell: str, other: str) -> str:
     """Says by how many points one cell differs from another, with the standard error and the number of runs."""
     d = results.difference(frame, cell, other)
+    if not (d.n and d.n_other):
+        return "not on record yet"
     error = f" ± {d.error:.1f}" if np.isfinite(d.error) else ""
     return f"{d.mean:+.1f}{error} points (n = {d.n} and {d.n_other})".replace("-", "−", 1)
 
@@ -77,7 +82,7 @@ def finetuning(records):
     frame = results.table("cifar10/finetune/*", records)
     ran = frame[frame["n"] != "-"].reset_index(drop=True)
     figure = charts.beside(
-        ran, "cifar10/finetune/", "CIFAR-10, ours at smaller scale (WRN-10-2, preset teach)"
+        ran, "cifar10/finetune/", f"CIFAR-10, ours: {smaller(', '.join(dict.fromkeys(ran['preset'])))}"
     )
     small = sweep.on_record("cifar10/finetune/*", "teach", records)["teach"]
     return figure, (
@@ -206,8 +211,8 @@ def write(site: pages.Site, on_file, notebooks: list[str]) -> None:
     (site.source / "glance").mkdir()
     parts = ["---\nhtml_theme.sidebar_secondary.remove: true\n---\n", INTRODUCTION]
     with charts.style():
-        for title, cards in (("Tables", TABLE_CARDS), ("Studies", STUDY_CARDS)):
-            parts += [f"## {title}\n", "::::{container} glance"]
+        for title, said, cards in (("Tables", "", TABLE_CARDS), ("Studies", STUDIES, STUDY_CARDS)):
+            parts += [f"## {title}\n", said, "::::{container} glance"]
             parts += [card_of(site, card, records) for card in cards]
             parts.append("::::\n")
     parts.append(contents(notebooks))
@@ -218,7 +223,7 @@ def card_of(site: pages.Site, card: Card, records) -> str:
     """Draws the picture of a card, and returns its Markdown."""
     figure, sentence = card.draw(records)
     name = f"notebooks/{card.notebook}.ipynb"
-    link = site.link("index.md", name) if name in site.pages else f"{pages.GITHUB}/blob/main/{name}"
+    link = site.link("index.md", name) if name in site.pages else "docs/results.md"
     file = f"glance/{card.draw.__name__}.svg"
     charts.save(figure, site.source / file)
     return f":::{{container}} card-of\n### [{card.title}]({link})\n\n![{card.title}]({file})\n\n{sentence}\n\n:::"

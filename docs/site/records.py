@@ -114,7 +114,7 @@ def experiment_page(site: pages.Site, name: str, runs: list[OnFile]) -> str:
     if any(len(r.record["curve"]) > 1 for r in runs):
         text += ["## During training\n", f'<img class="figure" src="{curves(site, name, runs)}" width="620" '
                  'alt="test accuracy over the updates, one line per run" loading="lazy">\n']  # fmt: skip
-    text += ["## In words\n", *(f"- {words(site, name, r)}" for r in runs)]
+    text += ["## In words\n", *(f"- {words(r.record)}" for r in runs)]
     statements: dict[str, list[str]] = {}
     for r in runs:
         statements.setdefault(statement(r.record), []).append(
@@ -171,9 +171,8 @@ def copied(site: pages.Site, name: str, r: OnFile) -> str:
     return ", ".join(links)
 
 
-def words(site: pages.Site, name: str, r: OnFile) -> str:
+def words(record: dict[str, Any]) -> str:
     """Returns a run in words: what it did, on which images, and what keeps it out of the tables, if anything."""
-    record = r.record
     text = [results.row(record).replace("[", "(").replace("]", ")") + "."]
     if record["data"]["note"]:
         text.append(f"Images: {record['data']['note']}.")
@@ -183,8 +182,6 @@ def words(site: pages.Site, name: str, r: OnFile) -> str:
         different = ""
     if different:
         text.append(f"**In no table**, as its settings were changed from the registry: {different}.")
-    if (site.files / r.folder / "curve.png").exists():
-        text.append(f"[Its curve]({pages.GITHUB}/blob/main/{r.folder}/curve.png).")
     return " ".join(text)
 
 

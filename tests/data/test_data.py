@@ -416,6 +416,52 @@ def test_not_prepared_says_what_to_run(tmp_path):
         data.prepare("digits", tmp_path)
 
 
+def test_a_notebook_downloads_what_is_missing_once(server, tmp_path, capsys):
+    """It says what, how large and where to; the second time nothing is said or asked for."""
+    from dpnb import notebook
+
+    archive = Archive("cifar10").tar()
+    server.put("cifar10", archive)
+    given = dict(data_dir=str(tmp_path / "tfds"), instead="not this")
+    loaded = notebook.fetch("cifar10", **given)
+    said = capsys.readouterr().out
+    assert (
+        f"downloading {server.url('cifar-10-binary.tar.gz')}, {len(archive) / 1e6:.0f} MB, to {tmp_path / 'tfds'}, once"
+        in said
+    )
+    server.stop()
+    same(notebook.fetch("cifar10", **given), loaded)
+    assert not capsys.readouterr().out
+
+
+def test_a_notebook_without_data_and_network_goes_on_or_fails(server, tmp_path, capsys):
+    """As it was asked to: with nothing, with embedded data at the two small presets, or not at all."""
+    from dpnb import experiments, notebook
+
+    server.stop()
+    where = dict(data_dir=str(tmp_path / "tfds"))
+    assert notebook.fetch("cifar10", **where, instead="records are shown") is None
+    assert (
+        "no network" in (said := capsys.readouterr().out) and "not on this machine: records are shown" in said
+    )
+    with pytest.raises(data.Unreachable, match="no network"):
+        notebook.fetch("cifar10", **where)
+    for preset in ("smoke", "teach"):
+        e, loaded = notebook.or_embedded(experiments.get("cifar10/wrn-16-4/eps8", preset), **where)
+        assert (
+            e.dataset == loaded.name == "digits" and e.paper_mean is None and "on cifar10" in e.paper_source
+        )
+    for e, place in (
+        (experiments.get("cifar10/wrn-16-4/eps8", "paper"), ""),
+        (experiments.get("cifar10/wrn-16-4/eps8", "smoke"), "out"),
+    ):
+        with pytest.raises(data.Unreachable, match="no network"):
+            notebook.or_embedded(e, place, **where)
+    (tmp_path / "broken.npz").write_text("no array file")
+    with pytest.raises(DataError, match="not a readable"):
+        notebook.fetch("cifar10", file=str(tmp_path / "broken.npz"), instead="not this")
+
+
 def test_no_network_says_so_at_once(server, tmp_path):
     server.stop()
     start = time.monotonic()
