@@ -9,6 +9,8 @@ from IPython.display import Markdown, display
 
 from dpnb import folders, results
 
+SYMBOLS = {"sigma": "σ", "epsilon": "ε", "batch": "batch B", "updates": "updates T"}
+
 
 def source(*functions: Callable) -> None:
     """Displays the lines of functions of the library."""
@@ -17,9 +19,9 @@ def source(*functions: Callable) -> None:
 
 
 def explore(draw: Callable, **choices: list) -> None:
-    """Draws a picture at its own defaults, and, where somebody is there to move them, once more with sliders.
+    """Draws a picture at its own defaults, and, where somebody is there to move them, has sliders that draw it once more.
 
-    The first picture is a plain output of the cell: what a slider draws is lost when the notebook is saved.
+    The first picture is a plain output of the cell, for what a slider draws is lost when the notebook is saved.
 
     Args:
       draw: makes and shows a figure; its parameters have defaults.
@@ -31,12 +33,24 @@ def explore(draw: Callable, **choices: list) -> None:
     import ipywidgets
 
     defaults = {name: p.default for name, p in inspect.signature(draw).parameters.items()}
+    look = {"layout": {"width": "30em"}, "style": {"description_width": "6em"}, "continuous_update": False}
     sliders = {
-        name: ipywidgets.SelectionSlider(options=options, value=defaults[name], continuous_update=False)
+        name: ipywidgets.SelectionSlider(
+            options=options, value=defaults[name], description=SYMBOLS.get(name, name), **look
+        )
         for name, options in choices.items()
     }
-    print("The same, at values of your choice:")
-    ipywidgets.interact(draw, **sliders)
+    below = ipywidgets.Output()
+
+    def redraw(_):
+        with below:
+            below.clear_output(wait=True)
+            draw(**{name: slider.value for name, slider in sliders.items()})
+
+    for slider in sliders.values():
+        slider.observe(redraw, "value")
+    print("Move a slider, and the same is drawn below at your values:")
+    display(ipywidgets.VBox([*sliders.values(), below]))
 
 
 def _live() -> bool:
