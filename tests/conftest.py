@@ -28,7 +28,7 @@ SLOW_FIXTURES = {"demo", "genuine", "swept"}
 # Files that take a minute or more, so that no worker begins one when the others are done.
 LONG = (
     "test_learn", "test_imagenet_notebooks", "test_finetune_notebooks", "test_studies", "test_distributed", "test_demo",
-    "test_from_scratch", "test_transfer", "test_two_pass", "test_clipping", "test_nf", "test_replay", "test_privacy",
+    "test_from_scratch", "test_site", "test_transfer", "test_two_pass", "test_clipping", "test_nf", "test_replay", "test_privacy",
 )  # fmt: skip
 
 

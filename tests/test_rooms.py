@@ -23,7 +23,8 @@ FLOORS = (
     ("experiments",),
     ("training",),
     ("results",),
-    ("audit", "plots", "sweep", "commands", "notebook"),
+    ("audit", "plots", "sweep", "commands"),
+    ("notebook",),
     ("cli",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -235,7 +235,7 @@ def contents(notebooks: list[str]) -> str:
     documents = sorted(path.name for path in (pages.ROOT / "docs").glob("*.md"))
     listed = {
         "Results": ["docs/results.md", "results/index.md"],
-        "Lectures": lectures,
+        "Lectures": ["notebooks/learn/README.md", *lectures],
         "Studies": [name for name in notebooks if name not in lectures],
         "Documentation": [f"docs/{name}" for name in documents if name != "results.md"],
         "Programming interface": ["api/index.rst"],

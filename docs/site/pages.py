@@ -18,6 +18,9 @@ GITHUB = "https://github.com/dpnb/dpnb"
 LINK = re.compile(r"(?<=\]\()(?P<target>[^()\s#]+)?(?P<anchor>#[^()\s]*)?(?=\))")
 FENCE = re.compile(r"(^```.*?^```$|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
 BADGE = re.compile(r"\[!\[[^\]]*\]\(https://colab[^)]*\)\]\((?P<target>[^)]+)\)")
+# Pages of wide tables have no list of their parts at the right.
+WIDE = ("docs/results.md", "results/")
+NO_LIST = "html_theme.sidebar_secondary.remove: true\n"
 # What input cells with a tag become: folded alone, or with what they print.
 FOLDED = {"colab": "hide-input", "solution": "hide-cell"}
 
@@ -32,7 +35,7 @@ class Site:
 
     def __init__(self, source: pathlib.Path, homes: dict[str, str]):
         self.source, self.files = source, source / "files"
-        documents = {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md")}
+        documents = {path.relative_to(ROOT).as_posix() for path in documents_of_the_repository()}
         notebooks = {f"notebooks/{name}" for name in executed()}
         self.pages = {**{name: name for name in documents | notebooks}, **homes}
 
@@ -67,7 +70,15 @@ class Site:
         """Writes a page into the folder."""
         path = self.source / page
         path.parent.mkdir(parents=True, exist_ok=True)
+        if page.startswith(WIDE):
+            text = text if text.startswith("---\n") else f"---\n---\n{text}"
+            text = text.replace("---\n", f"---\n{NO_LIST}", 1)
         path.write_text(text)
+
+
+def documents_of_the_repository() -> list[pathlib.Path]:
+    """Returns the documents that have a page: those of docs/, and the one for who learns or teaches."""
+    return [*sorted((ROOT / "docs").glob("*.md")), ROOT / "notebooks/learn/README.md"]
 
 
 def executed() -> list[str]:
@@ -81,8 +92,8 @@ def executed() -> list[str]:
 
 
 def write_documents(site: Site, tables: dict[str, str]) -> None:
-    """Writes the pages of docs/; between the markers of docs/results.md stand the given tables."""
-    for path in sorted((ROOT / "docs").glob("*.md")):
+    """Writes the pages of the documents; between the markers of docs/results.md stand the given tables."""
+    for path in documents_of_the_repository():
         page = path.relative_to(ROOT).as_posix()
         text = site.links(page, path.read_text())
         if path.stem == "results":

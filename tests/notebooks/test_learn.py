@@ -97,16 +97,20 @@ def test_what_is_unrepeatable_is_seen(source):
 
 ATTEMPT = """
 print({kind!r}, "answer to exercise {number},", {answer!r}, end=": ")
-check_{number}({answer})"""
+{call}"""
 
 
 def with_attempts(notebook, answers):
     """The lecture with a cell behind each check, which tries right and wrong answers."""
     for number, (right, wrong) in answers.items():
         assert len(right) >= 2 and len(wrong) >= 4
-        (place,) = [i for i, c in enumerate(notebook.cells) if c.source.startswith(f"def check_{number}(")]
+        calls = [re.fullmatch(rf'check\("\d\d\.{number}", (\w+)(.*)\)', c.source) for c in notebook.cells]
+        ((place, call),) = [(i, call) for i, call in enumerate(calls) if call]
         tried = [("right", answer) for answer in right] + [("wrong", answer) for answer in wrong]
-        source = "# attempts" + "".join(ATTEMPT.format(kind=k, number=number, answer=a) for k, a in tried)
+        source = "# attempts" + "".join(
+            ATTEMPT.format(kind=k, number=number, answer=a, call=call[0].replace(call[1], f"({a})", 1))
+            for k, a in tried
+        )
         notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(source))
     return notebook
 
