@@ -287,7 +287,7 @@ def accuracy_epsilon(series: dict[str, list[tuple[float, float, float | None]]],
         the others thin and hollow on top of them; no two series share colour, line and marker.
       title: of the figure.
     """
-    figure, axis = plt.subplots(figsize=(11, 6.5), layout="constrained")
+    figure, axis = plt.subplots(figsize=(12, 6.5), layout="constrained")
     others = 0
     for i, (label, points) in enumerate(series.items()):
         epsilons, accuracies, spreads = zip(*sorted(points, key=lambda p: p[0]), strict=True)
@@ -309,5 +309,6 @@ def accuracy_epsilon(series: dict[str, list[tuple[float, float, float | None]]],
     axis.set(xlabel="epsilon (at delta = 1e-5)", ylabel="CIFAR-10 test accuracy (%)", title=title)
     axis.grid(alpha=0.3)
     note = _small_print(axis, "bars: standard deviation over runs, where known")
-    axis.legend(fontsize=9.5, loc="center left", bbox_to_anchor=(1.01, 0.5), title=note, title_fontsize=9)
+    note = note.replace("; ", ";\n")  # a legend is as wide as its title
+    axis.legend(fontsize=9, loc="center left", bbox_to_anchor=(1.01, 0.5), title=note, title_fontsize=9)
     return figure
