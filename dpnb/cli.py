@@ -298,8 +298,6 @@ def cells_of(options) -> tuple[list[Experiment], bool]:
         todo = plan(**asked, dataset="digits")
     if options.seeds is None:
         todo = [e.replace(seed=seed_of(options)) for e in todo]
-    if len({(e.dataset, e.image_size) for e in todo}) > 1:
-        raise ValueError(f"a sweep reads one data set, got those of {options.name!r}; narrow the pattern")
     if impossible := [e for e in todo if e.impossible and options.preset == "paper"]:
         raise ValueError(f"{impossible[0].name} cannot be run in public: {impossible[0].impossible}")
     return todo, embedded

@@ -88,13 +88,16 @@ def plan(pattern: str, preset: str, seeds: int = 1, **changes) -> list[Experimen
 
     Raises:
       KeyError: nothing matches.
-      ValueError, TypeError: seeds below 1, or bad hyper-parameters.
+      ValueError, TypeError: seeds below 1, bad hyper-parameters, or cells that read different data.
     """
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
     different = {}
     for e in cells(pattern, preset, **changes):
         different.setdefault(e.fingerprint(), e)
+    if len(read := {(e.dataset, e.image_size, e.validation) for e in different.values()}) > 1:
+        sets = ", ".join(sorted({name for name, *_ in read}))
+        raise ValueError(f"a sweep reads one data set, got those of {pattern!r} ({sets}); narrow the pattern")
     return [e.replace(seed=seed) for seed in range(seeds) for e in different.values()]
 
 

@@ -1,4 +1,4 @@
-"""A lecture in JupyterLab, in a browser: it runs, its sliders redraw, and every picture is in the file that is saved.
+"""A lecture in JupyterLab, in a browser: it runs, a slider redraws, and no cell's picture is lost in the file that is saved.
 
 Needs the extras `lab` and `browser`, and the system's chromium.
 """
@@ -162,7 +162,7 @@ def pictures_of(file) -> list[int]:
 
 
 def test_a_lecture_with_its_sliders(lab, page):
-    """All cells run; a slider redraws its picture; and what is saved has a picture for each that is on the screen."""
+    """All cells run; a slider redraws its picture; and each cell that shows pictures on the screen has one in the file."""
     assert not run_all(page)["errors"]
     move_first_slider(page)
     shown = page.evaluate(STATE)["pictures"]

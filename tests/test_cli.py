@@ -138,6 +138,11 @@ def test_a_class_gets_lectures_without_solutions_and_with_them(capsys, here):
         assert not re.search(r'"solution"|solutions = |@title Solution|if solutions', students)
         assert students.count("yours here") == plain.count("yours here") >= 3
         assert answers.count('"solution"') == plain.count('"solution"') and "solutions = True" in answers
+        cells = nbformat.reads(answers, 4).cells
+        assert all(
+            c.metadata == {"tags": ["solution"]} for c in cells if "solution" in c.metadata.get("tags", ())
+        )
+        assert "colab.research" not in students  # where a lecture has its solutions
         assert "source_hidden" in students  # set-up stays folded
     assert (here / "nb" / "students" / "demo.ipynb").read_bytes() == (
         folders.NOTEBOOKS / "demo.ipynb"

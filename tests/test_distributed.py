@@ -48,7 +48,7 @@ run = train()
 trained = np.asarray(run.ema_params["layer"]["kernel"], np.float64)
 photographs = data.load("noise", data_dir=directory + "/data", image_size=8)  # each decodes its half
 def stream(shard, **options):
-    e = tiny.experiment(shard=shard, image_size=8)
+    e = tiny.experiment(dataset="noise", shard=shard, image_size=8)
     where = f"{directory}/photographs-{shard}"
     return training.train(e, photographs, where, model=tiny.Linear(), **options)
 stream(True, stop_at_step=2)  # to go on with a divided state
@@ -178,7 +178,11 @@ def test_two_processes_train_on_photographs_as_one_device_does(two_processes, di
     assert first["streamed"] == second["streamed"]
     data = load("noise", data_dir=directory / "data", image_size=8)
     run = training.train(
-        tiny.experiment(image_size=8), data, tmp_path, model=tiny.Linear(), devices=jax.devices()[:1]
+        tiny.experiment(dataset="noise", image_size=8),
+        data,
+        tmp_path,
+        model=tiny.Linear(),
+        devices=jax.devices()[:1],
     )
     alone = np.asarray(run.ema_params["layer"]["kernel"], np.float64).ravel()
     for kernel in first["streamed"]:
@@ -251,7 +255,7 @@ def test_a_run_with_a_divided_state_resumes_and_is_saved(tmp_path):
     data = photographs(tmp_path)
 
     def train(directory, **options):
-        e = tiny.experiment(steps=4, shard=True, image_size=8)
+        e = tiny.experiment(dataset="noise", steps=4, shard=True, image_size=8)
         return training.train(e, data, tmp_path / directory, model=tiny.Linear(), **options)
 
     run = train("a")

@@ -163,6 +163,10 @@ def test_formulas_are_typeset_by_what_the_site_brings(site, pages):
     for name, page in with_formulas.items():
         scripts = [address for tag, address in page.named if tag == "script" and "mathjax" in address.lower()]
         assert scripts and all(map(local, scripts)), name
+        outside = re.sub(
+            r'<(span|div) class="math .*?</\1>|<pre>.*?</pre>|<code .*?</code>', "", page.text, flags=re.S
+        )
+        assert not re.search(r"\$\$|\\(frac|varepsilon|sigma|mathrm|lVert)\b", outside), name
     assert len(list((site / "_static/mathjax").rglob("*.woff"))) > 20
 
 

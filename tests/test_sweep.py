@@ -70,7 +70,7 @@ def test_cells_that_are_one_experiment_run_once():
 def test_records_and_prediction(swept):
     root, made, said, _ = swept
     assert not made.failures and len(made.records) == 6
-    assert "6 cells, 0 of them finished" in said[0] and "of updates on" in said[1]
+    assert "6 cells, 0 of them finished" in said[0] and "compiling" in said[1] and "of updates on" in said[2]
     budgets = [line for line in said if "sigma" in line]
     assert len(budgets) == 6 and all(
         "N 96, q" in b and "epsilon" in b and "materialised" in b for b in budgets

@@ -85,7 +85,8 @@ def write(site: pages.Site, on_file: list[OnFile]) -> None:
                 "# All records\n",
                 f"{len(on_file)} runs of {len(by_page)} experiments are on record. Preset `paper` is the paper's "
                 "experiment; smaller presets are other, smaller ones, and their numbers are not comparable "
-                "([presets](../docs/reproduce.md#presets)).\n",
+                "([presets](../docs/reproduce.md#presets)). A study counts a run under each name that its settings have, "
+                "here it stands once.\n",
                 "| experiment | presets | runs |\n| --- | --- | --- |",
                 *counted,
                 "",

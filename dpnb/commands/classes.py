@@ -2,6 +2,7 @@
 
 import copy
 import pathlib
+import re
 from typing import TYPE_CHECKING
 
 from dpnb.commands.copying import copy_notebooks
@@ -12,20 +13,21 @@ if TYPE_CHECKING:
 
 STUDENTS, ANSWERS = "students", "answers"
 PARAMETER = "solutions = "
+ON_COLAB = re.compile(r"\[!\[Open In Colab\][^\n]*\n\n| \(\[on Colab\]\([^)]*\)\)")
 # The sentence of a lecture that says where its solutions are.
 HIDDEN = " Solutions stay hidden unless you set `solutions = True` and run on."
 
 
 def without_solutions(notebook: "NotebookNode") -> "NotebookNode":
-    """Returns a lecture without the cells that are tagged `solution`, and without the parameter that shows them."""
+    """Returns a lecture without the cells that are tagged `solution`, the parameter that shows them, and ways to Colab."""
     made = copy.deepcopy(notebook)
     made.cells = [cell for cell in made.cells if "solution" not in cell.metadata.get("tags", ())]
     for cell in made.cells:
         if "parameters" in cell.metadata.get("tags", ()):
             lines = [line for line in cell.source.splitlines() if not line.startswith(PARAMETER)]
             cell.source = "\n".join(lines)
-        if cell.cell_type == "markdown":
-            cell.source = cell.source.replace(HIDDEN, "")
+        if cell.cell_type == "markdown":  # on Colab a lecture has its solutions
+            cell.source = ON_COLAB.sub("", cell.source.replace(HIDDEN, ""))
     return made
 
 

@@ -58,7 +58,7 @@ def prepared(name: str, data_dir):
         known = ", ".join(CLASSES)
         folder = pathlib.Path(data_dir or ".").expanduser() / name / "train"
         hint = f"; {folder} is a folder: photographs are read with image_size" * folder.is_dir()
-        raise DataError(
+        raise NotPrepared(
             f"name must be one of {known}, a data set that TFDS finds below data_dir ({data_dir}), or come "
             f"with `file`; got {name!r} ({type(error).__name__}){hint}"
         ) from error

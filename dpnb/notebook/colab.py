@@ -1,6 +1,8 @@
 """What a notebook says and does once, at its beginning, on a machine of Colab."""
 
 import importlib.metadata
+import os
+import pathlib
 
 from packaging.requirements import Requirement
 
@@ -15,7 +17,7 @@ def begin(output_dir: str | None = None) -> None:
     """
     for said in untested():
         print(said)
-    if (output_dir or "").startswith(f"{DRIVE}/"):
+    if output_dir and pathlib.PurePosixPath(os.path.abspath(output_dir)).is_relative_to(DRIVE):
         from google.colab import drive
 
         drive.mount(DRIVE)

@@ -5,6 +5,7 @@ from dpnb.data import Dataset
 from dpnb.experiments import Experiment
 
 DOWNLOADED = ("cifar10", "cifar100")
+IMAGES = {"cifar10": 50_000, "cifar100": 50_000}  # to train on
 TRIED = (
     "smoke",
     "teach",
@@ -29,7 +30,10 @@ def fetch(
         print("drawing 63,000 images from random processes: a minute or two on a CPU", flush=True)
     try:
         try:
-            return data.load(name, **given)
+            loaded = data.load(name, **given)
+            if file and (expected := IMAGES.get(name, len(loaded.train))) != len(loaded.train) + validation:
+                print(f"{file}: {len(loaded.train):,} training images, and not the {expected:,} of {name}")
+            return loaded
         except data.NotPrepared:
             if name not in DOWNLOADED:
                 raise
@@ -57,10 +61,10 @@ def or_embedded(
     Raises:
       DataError: they are not to be had, and others will not do.
     """
-    replaceable = not output_dir and e.preset in TRIED
+    replaceable = not output_dir and e.preset in TRIED and not e.validation
     instead = f"this notebook goes on with {embedded}, which come with dpnb" * replaceable
     loaded = fetch(e.dataset, validation=e.validation, instead=instead, **given)
     if loaded is None:
-        e = e.on(embedded)
+        e = e.on(embedded).replace(data_note="")
         loaded = fetch(embedded, validation=e.validation)
     return e, loaded

@@ -22,8 +22,8 @@ def deadline(minutes: float | None) -> float | None:
     """
     if minutes is None:
         return None
-    if not 0 < minutes < math.inf:
-        raise ValueError(f"minutes must be a positive number, got {minutes}")
+    if not isinstance(minutes, (int, float)) or not 0 < minutes < math.inf:
+        raise ValueError(f"minutes must be a positive number, got {minutes!r}")
     return time.monotonic() + 60 * minutes
 
 

@@ -31,6 +31,24 @@ def check_noise(experiment: Experiment) -> None:
         )
 
 
+def check_data(experiment: Experiment, data: Dataset) -> None:
+    """Checks that the data are those that the record will name, and that accuracy is of the images that it will name.
+
+    Raises:
+      ValueError: the data set is another one, or not as many images are held out.
+    """
+    if data.name != experiment.dataset:
+        raise ValueError(
+            f"{experiment.name} must be trained on {experiment.dataset}, got {data.name}; load the data that it names, or "
+            f"set dataset={data.name!r} and so make it another experiment"
+        )
+    if experiment.validation and len(data.test) != experiment.validation:
+        raise ValueError(
+            f"{experiment.name} must report on {experiment.validation:,} held-out training images, got {len(data.test):,} "
+            "images; load the data with validation=experiment.validation"
+        )
+
+
 def check_size(experiment: Experiment, data: Dataset) -> None:
     """Checks that photographs have the size that the record will state.
 

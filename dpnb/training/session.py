@@ -34,7 +34,14 @@ from dpnb.training.curve import epsilon_spent
 from dpnb.training.evaluation import Evaluation, even_batch_size, make_evaluate
 from dpnb.training.hosts import call_on_all, call_on_process_0, check_shared
 from dpnb.training.identity import computation
-from dpnb.training.preconditions import check_noise, check_outputs, check_own_model, check_size, noise_images
+from dpnb.training.preconditions import (
+    check_data,
+    check_noise,
+    check_outputs,
+    check_own_model,
+    check_size,
+    noise_images,
+)
 from dpnb.training.replay import Payer, digest
 from dpnb.training.seeds import assert_same_seed, initial_rngs, run_seed, stream_name
 from dpnb.training.settings import hardware, settings_of
@@ -240,6 +247,7 @@ def prepare(
 
 def checked(experiment: Experiment, data: Dataset, model: nnx.Module | None = None) -> Experiment:
     """Returns the calibrated experiment, after the checks that need nothing but it, the data and a model of one's own."""
+    check_data(experiment, data)
     experiment = calibrate(experiment, len(data.train))
     check_noise(experiment)
     check_size(experiment, data)

@@ -240,7 +240,9 @@ class Ten(nnx.Module):
 def test_training_goes_on_where_it_stopped(folder, tmp_path):
     """Read ahead or begun anew: the same parameters to the bit; evaluation reads the disk, too."""
     made = data.load("digits", data_dir=folder.parent, image_size=SIZE)
-    e = tiny.experiment(steps=4, expected_batch_size=12, augmult=2, physical_batch_size=4, image_size=SIZE)
+    e = tiny.experiment(
+        dataset="digits", steps=4, expected_batch_size=12, augmult=2, physical_batch_size=4, image_size=SIZE
+    )
     train = functools.partial(training.train, e, made)
     whole = train(tmp_path / "a", model=Ten())
     stopped = train(tmp_path / "b", model=Ten(), stop_at_step=2)
@@ -272,7 +274,7 @@ def test_a_folder_of_folders(folder):
 def test_photographs_of_another_size_than_the_records_are_refused(folder, tmp_path):
     made = data.load("digits", data_dir=folder.parent, image_size=16)
     with pytest.raises(ValueError, match="image_size is 8, got photographs of 16 pixels"):
-        training.train(tiny.experiment(image_size=8), made, tmp_path, model=Ten())
+        training.train(tiny.experiment(dataset=made.name, image_size=8), made, tmp_path, model=Ten())
     with pytest.raises(ValueError, match="image_size is 8, got images in memory"):
         training.train(tiny.experiment(image_size=8), tiny.data(), tmp_path, model=tiny.Linear())
 

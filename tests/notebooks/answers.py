@@ -8,6 +8,7 @@ ANSWERS = {
         1: (
             [
                 "lambda g, C: g * np.minimum(1, C / np.maximum(np.linalg.norm(g, axis=1, keepdims=True), 1e-12))",
+                "lambda g, C: np.multiply(g, np.minimum(1, C / (np.linalg.norm(g, axis=1, keepdims=True) + 1e-12)), out=g)",
                 "lambda g, C: np.array([x if np.linalg.norm(x) <= C else C * x / np.linalg.norm(x) for x in g])",
             ],
             [
@@ -30,7 +31,7 @@ ANSWERS = {
             ],
         ),
         3: (
-            ['{"a", "c", "e", "f"}', '["f", "c", "e", "a"]'],
+            ['{"a", "c", "e", "f"}', '["f", "c", "e", "a"]', '"A, C, E, F"'],
             ['{"a", "e", "f"}', 'set("abcdef")', 'set("bd")', '"b"', "7"],
         ),
         4: (
@@ -78,6 +79,9 @@ ANSWERS = {
                 "lambda x: x - x.mean(1, keepdims=True)",
                 "lambda x: (x - x.mean()) / x.std()",
                 "lambda x: x / x.std(1, keepdims=True)",
+                "lambda x: (x - x.mean(1, keepdims=True)) / x[0].std()",
+                "lambda x: (x - x.mean(1, keepdims=True)) / x[-1].std()",
+                "lambda x: (x - x.mean(1, keepdims=True)) / jnp.std(x[:2])",
             ],
         ),
         3: (

@@ -62,7 +62,7 @@ def unrepeatable(source: str) -> list[str]:
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names if alias.name.split(".")[0] in UNREPEATABLE]
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in UNREPEATABLE:
-            found.append(node.module)
+            found.append(f"from {node.module}")  # whose calls would not be seen below
         elif isinstance(node, ast.Call) and text.split("(")[0].split(".")[-1] in UNSEEDED:
             found += [text] * (not node.args and not node.keywords)
         elif re.fullmatch(

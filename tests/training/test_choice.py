@@ -31,7 +31,8 @@ def accelerator(monkeypatch):
 def experiment(**changes):
     fields = {"noise_multiplier": 1.0, "steps": 2, "expected_batch_size": 24, "augmult": 2, "delta": 1e-3}
     return Experiment(
-        "bands/choice", **{**fields, "epsilon": 50.0, "accountant": "rdp", "eval_every": 0, **changes}
+        "bands/choice",
+        **{"dataset": "bands", **fields, "epsilon": 50.0, "accountant": "rdp", "eval_every": 0, **changes},
     )
 
 

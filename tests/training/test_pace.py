@@ -72,7 +72,7 @@ def linear(monkeypatch):
 def test_sittings_make_the_run_that_one_would_have_made(linear, monkeypatch, tmp_path):
     """To the bit, and no step is paid twice."""
     fields = dict(noise_multiplier=1.0, steps=4, expected_batch_size=24, augmult=0, delta=1e-3, epsilon=50.0)
-    e = Experiment("bands/pace", **fields, accountant="rdp", eval_every=0)
+    e = Experiment("bands/pace", dataset="bands", **fields, accountant="rdp", eval_every=0)
     whole = train(e, shared_runs.bands(), tmp_path / "whole")
     Clock(monkeypatch, 10.0)
     sittings = [train(e, shared_runs.bands(), tmp_path / "parts", deadline=1.0)]
