@@ -19,15 +19,24 @@ HIDDEN = " Solutions stay hidden unless you set `solutions = True` and run on."
 
 
 def without_solutions(notebook: "NotebookNode") -> "NotebookNode":
-    """Returns a lecture without the cells that are tagged `solution`, the parameter that shows them, and ways to Colab."""
+    """Returns a lecture without the cells that are tagged `solution`, and without the parameter that shows them."""
     made = copy.deepcopy(notebook)
     made.cells = [cell for cell in made.cells if "solution" not in cell.metadata.get("tags", ())]
     for cell in made.cells:
         if "parameters" in cell.metadata.get("tags", ()):
             lines = [line for line in cell.source.splitlines() if not line.startswith(PARAMETER)]
             cell.source = "\n".join(lines)
-        if cell.cell_type == "markdown":  # on Colab a lecture has its solutions
-            cell.source = ON_COLAB.sub("", cell.source.replace(HIDDEN, ""))
+        if cell.cell_type == "markdown":
+            cell.source = cell.source.replace(HIDDEN, "")
+    return made
+
+
+def for_students(notebook: "NotebookNode") -> "NotebookNode":
+    """Returns a lecture without its solutions, and without links to Colab, where it has them."""
+    made = without_solutions(notebook)
+    for cell in made.cells:
+        if cell.cell_type == "markdown":
+            cell.source = ON_COLAB.sub("", cell.source)
     return made
 
 
@@ -54,7 +63,7 @@ def copy_for_class(directory: pathlib.Path) -> tuple[list[pathlib.Path], list[pa
     import nbformat
 
     copied, left = [], []
-    for folder, change in ((STUDENTS, without_solutions), (ANSWERS, with_answers)):
+    for folder, change in ((STUDENTS, for_students), (ANSWERS, with_answers)):
         made, old = copy_notebooks(directory / folder)
         for path in made:
             if path.parent.name == "learn":
