@@ -4,7 +4,7 @@ import ast
 import dataclasses
 import difflib
 import json
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from dpnb.experiments.experiment import Experiment
@@ -23,14 +23,13 @@ def unknown(key: Any) -> str:
     return f"no hyper-parameter {key!r}; {hint} (all: {', '.join(FIELDS)})"
 
 
-def read_changes(given: Any, leave: Container[str] = PARAMETERS) -> dict[str, Any]:
+def read_changes(given: Any) -> dict[str, Any]:
     """Returns the parameter `changes` of a notebook, {hyper-parameter: value}; `Experiment` checks the values.
 
     Args:
       given: a mapping, or the text of one in JSON or Python, as `papermill -p changes TEXT` passes it.
-      leave: fields that have a parameter of their own.
     Raises:
-      ValueError: it is none, or a name is unknown or to be left alone.
+      ValueError: it is none, a name is unknown, or a field has a parameter of its own.
 
     >>> read_changes({"steps": 3}), read_changes('{"steps": 3, "clip_norm": 0.5}'), read_changes("")
     ({'steps': 3}, {'steps': 3, 'clip_norm': 0.5}, {})
@@ -41,7 +40,7 @@ def read_changes(given: Any, leave: Container[str] = PARAMETERS) -> dict[str, An
     for key, value in made.items():
         if key not in FIELDS:
             raise ValueError(unknown(key))
-        if key in leave:
+        if key in PARAMETERS:
             raise ValueError(f"changes must leave {key} alone, got {value!r}; it is {PARAMETERS[key]}")
     return dict(made)
 

@@ -1,7 +1,6 @@
 """The exercises of the lectures: what makes an answer right, and what to think of next. Solutions are in the lectures.
 
-It is here, and not in the lectures, so that nobody reads an answer by accident. A number that is not the field's is
-compared with what a formula or the library says, not with itself.
+It is here, and not in the lectures, so that nobody reads an answer by accident. Most checks compute what is right anew.
 """
 
 import math
