@@ -9,8 +9,9 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-# Told apart by those who see colours differently (Okabe and Ito), and by markers and hatches as well.
-BLUE, ORANGE, GREEN, RED, GREY = PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666")
+from dpnb.notebook import BLUE, GREEN, GREY, ORANGE, RED
+
+PALETTE = (BLUE, ORANGE, GREEN, RED, GREY)
 WIDTH = 5.6  # inches; text of 9 points is then as large as that of the page
 
 

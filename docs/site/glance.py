@@ -209,7 +209,7 @@ def write(site: pages.Site, on_file, notebooks: list[str]) -> None:
     """Writes the first page, its pictures, and the list of all pages beside it."""
     records = [r.record for r in on_file]
     (site.source / "glance").mkdir()
-    parts = ["---\nhtml_theme.sidebar_secondary.remove: true\n---\n", INTRODUCTION]
+    parts = [INTRODUCTION]
     with charts.style():
         for title, said, cards in (("Tables", "", TABLE_CARDS), ("Studies", STUDIES, STUDY_CARDS)):
             parts += [f"## {title}\n", said, "::::{container} glance"]

@@ -18,8 +18,8 @@ GITHUB = "https://github.com/dpnb/dpnb"
 LINK = re.compile(r"(?<=\]\()(?P<target>[^()\s#]+)?(?P<anchor>#[^()\s]*)?(?=\))")
 FENCE = re.compile(r"(^```.*?^```$|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
 BADGE = re.compile(r"\[!\[[^\]]*\]\(https://colab[^)]*\)\]\((?P<target>[^)]+)\)")
-# Pages of wide tables have no list of their parts at the right.
-WIDE = ("docs/results.md", "results/")
+# Pages of wide tables, and of pictures beside each other, have no list of their parts at the right.
+WIDE = ("index.md", "docs/results.md", "results/")
 NO_LIST = "html_theme.sidebar_secondary.remove: true\n"
 # What input cells with a tag become: folded alone, or with what they print.
 FOLDED = {"colab": "hide-input", "solution": "hide-cell"}

@@ -4,12 +4,9 @@ from dpnb import data
 from dpnb.data import Dataset
 from dpnb.experiments import Experiment
 
-DOWNLOADED = ("cifar10", "cifar100")
-IMAGES = {"cifar10": 50_000, "cifar100": 50_000}  # to train on
-TRIED = (
-    "smoke",
-    "teach",
-)  # at these presets a notebook may go on with other data: no number of the paper is at stake
+IMAGES = {"cifar10": 50_000, "cifar100": 50_000}  # to train on, of those that are downloaded
+# At these presets a notebook may go on with other data: no number of the paper is at stake.
+TRIED = ("smoke", "teach")
 
 
 def fetch(
@@ -35,7 +32,7 @@ def fetch(
                 print(f"{file}: {len(loaded.train):,} training images, and not the {expected:,} of {name}")
             return loaded
         except data.NotPrepared:
-            if name not in DOWNLOADED:
+            if name not in IMAGES:
                 raise
             data.prepare(name, data_dir or None)
             return data.load(name, **given)
