@@ -53,7 +53,7 @@ README_ROWS = (
 # What `dpnb table NAME` shows: all rows of a pattern, or an excerpt.
 TABLES: dict[str, str | tuple[tuple[str, str], ...]] = {
     "imagenet": "[ip][ml]a*/*/*",
-    "cifar10": "cifar10/[ws]*/eps*",
+    "cifar10": "cifar10/[wsp]*/eps*",
     "finetune": "cifar*/finetune/*",
     "digits": "digits/*",
     "readme": README_ROWS,

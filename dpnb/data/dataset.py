@@ -13,7 +13,7 @@ from dpnb.data.recipe import SMALL_IMAGES, Recipe
 CIFAR10_CLASSES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
 )  # fmt: skip
-CLASSES = {"cifar10": 10, "cifar100": 100, "digits": 10, "textures": 192}
+CLASSES = {"cifar10": 10, "cifar100": 100, "digits": 10, "textures": 192, "dead-leaves": 1000}
 INSTALL = "pip install tensorflow-datasets array-record pillow"
 # Where accuracy is reported, by preference. Small images (CIFAR) have a labelled test split, as in the paper.
 # The test images of ImageNet and Places365 have no labels, so their validation split is reported, as in the

@@ -1,4 +1,4 @@
-"""Loads a data set by name: through TFDS, from an array file, or generated here (digits, textures)."""
+"""Loads a data set by name: through TFDS, from an array file, or generated here (digits, textures, dead leaves)."""
 
 import dataclasses
 import pathlib
@@ -28,7 +28,7 @@ def load(
     Args:
       name: "cifar10", "cifar100" or any TFDS data set of small images of one size that is prepared
         below `data_dir`, such as "imagenet_resized/32x32" (in TFDS's order); "digits" (scikit-learn's
-        8x8 digits, upscaled and coloured to 32x32x3: small, no download); or "textures"
+        8x8 digits, upscaled and coloured to 32x32x3: small, no download); or "textures" or "dead-leaves"
         (`dpnb.data.textures`, generated here in a minute or two). With `file`, any name.
       data_dir: TFDS directory; None for TFDS's own default.
       file: array file written by `save`; needs neither TFDS nor scikit-learn.
@@ -51,10 +51,10 @@ def load(
         data = _load_file(name, pathlib.Path(file).expanduser())
     elif name == "digits":
         data = _load_digits()
-    elif name == "textures":
+    elif name in ("textures", "dead-leaves"):
         from dpnb.data import textures
 
-        data = textures.dataset()
+        data = textures.dataset() if name == "textures" else textures.only_dead_leaves()
     else:
         data = array_cache.kept(name, data_dir, _load_tfds)
     train, test = data.train, data.test

@@ -4,6 +4,7 @@ Names are `DATASET/finetune/WHAT/epsE`. At preset "paper" the network is WRN-28-
 ImageNet-32 weights; `teach` is WRN-10-2 with weights that were pre-trained here on Tiny ImageNet.
 """
 
+from dpnb.experiments.cifar10 import ON_PATCHES, patch_overrides
 from dpnb.experiments.experiment import Experiment
 
 EPSILONS = (1.0, 2.0, 4.0, 8.0)
@@ -77,6 +78,13 @@ TABLE = [
         ("textures-classifier", "no real public image", _own("textures") | _ON_TEXTURES),
     )
     for epsilon in EPSILONS
+] + [
+    _cell(
+        "cifar10", "tiny-imagenet32-patches", epsilon, None, None,
+        _OURS.format("a linear layer on patches that were learnt from Tiny ImageNet, without its labels"),
+        pretrained="patches-tiny-imagenet32", **ON_PATCHES[epsilon],
+    )
+    for epsilon in EPSILONS
 ]  # fmt: skip
 
 
@@ -84,6 +92,8 @@ def preset_overrides(experiment: Experiment, preset: str) -> dict:
     """The changes that a preset makes; below "paper" the network is a WRN-10-2."""
     if preset == "paper":
         return {}
+    if experiment.network == "patch-linear":
+        return patch_overrides(preset)
     small = dict(depth=10, width=2)
     if experiment.pretrained:
         textures = "/textures-" in experiment.name

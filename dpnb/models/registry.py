@@ -62,6 +62,7 @@ NETWORKS = {
         whole=True,
     ),
     "scatter-linear": Network("scattering:build", "scatter-linear", fixed="scattering"),
+    "patch-linear": Network("patches:build", "patch-linear", 1024, "network of patches", ("width",), feature_batch=10),
     "nf-resnet": _nf_resnet("nf_resnet:build", "NF-ResNet-{depth}"),
     "nf-resnet-timm": _nf_resnet("nf_resnet:build_as_timm", "NF-ResNet-timm-{depth}"),
     "nfnet-f0": _free("nfnet:build", "NFNet-F0", 3072, 1 / 16),

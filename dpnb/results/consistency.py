@@ -25,6 +25,7 @@ VERSIONS = 1e-3  # relative difference allowed between the epsilons of two versi
 # Numbers of training and test images of the public data sets, None if it is not compared.
 SIZES = {
     "cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000), "digits": (1500, 297), "textures": (60_000, 3000),
+    "dead-leaves": (40_000, 1000),
     "tiny_imagenet32": (100_000, 10_000), "imagenet_resized/32x32": (1_281_167, 50_000),
     **{name: (n, None) for name, n in imagenet.EXAMPLES.items()},
 }  # fmt: skip

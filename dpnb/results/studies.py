@@ -152,7 +152,7 @@ def series(records: list[dict[str, Any]]) -> dict[str, list[tuple[float, float, 
       preset (without runs whose settings were changed), the paper's, and those of `experiments.literature`.
     """
     made, paper = {}, {}
-    for name in ("scatter-linear", "wrn-16-4", "wrn-40-4"):
+    for name in ("patch-linear", "scatter-linear", "wrn-16-4", "wrn-40-4"):
         cells = [experiments.get(n) for n in experiments.names(f"cifar10/{name}/*")]
         for preset in experiments.PRESETS:
             ran = [(e, runs_of_cell(e.name, preset, records)) for e in cells]

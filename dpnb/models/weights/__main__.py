@@ -1,8 +1,9 @@
-"""Lists public weights, and converts published files to safetensors.
+"""Lists public weights, converts published files to safetensors, and learns filters of patches.
 
 python -m dpnb.models.weights list
 python -m dpnb.models.weights convert wrn-40-4-imagenet32 WRN_40_4_IMAGENET32.dill wrn.safetensors
 python -m dpnb.models.weights pack runs/pretrain/textures/teach-seed0/ema.safetensors OUT.safetensors
+python -m dpnb.models.weights learn dead-leaves OUT.safetensors
 """
 
 import argparse
@@ -10,8 +11,10 @@ import hashlib
 import pathlib
 import sys
 
+from dpnb import data
 from dpnb.files import write_atomic
 from dpnb.models.weights.catalogue import OURS, WEIGHTS, converted, pack
+from dpnb.models.weights.patches import learnt
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,6 +29,11 @@ def main(arguments: list[str] | None = None) -> int:
     add = commands.add_parser("pack", help="a file of ours in half precision")
     add.add_argument("published", type=pathlib.Path, help="ema.safetensors of a run")
     add.add_argument("out", type=pathlib.Path)
+    add = commands.add_parser("learn", help="filters of patches from public images (network patch-linear)")
+    add.add_argument("published", metavar="data", help="dead-leaves, textures, or the name of a data set")
+    add.add_argument("out", type=pathlib.Path)
+    add.add_argument("--data-dir", type=pathlib.Path, help="TFDS directory")
+    add.add_argument("--saw", help="what the images are, in words, for whoever uses the weights")
     options = parser.parse_args(arguments)
     if options.command == "list":
         for name, w in WEIGHTS.items():
@@ -37,6 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.command == "pack":
             content = pack(options.published)
+        elif options.command == "learn":
+            content = learnt(data.load(options.published, data_dir=options.data_dir), options.saw)
         else:
             content = converted(options.published, options.name)
     except (OSError, KeyError, ValueError) as error:

@@ -35,7 +35,8 @@ class Weights:
     url: of the publisher's file (a directory for Orbax); "" for a file of ours, which comes with dpnb in
       results/pretrained.
     published_as: haiku (a pickle), orbax, timm (safetensors), or dpnb.
-    network: "wrn-40-4", "nfnet-F0", "nf-resnet-50".
+    network: "wrn-40-4", "nfnet-F0", "nf-resnet-50", "patch-linear".
+    num_classes: of what it was trained on; 0 if it saw no label.
     saw: the public data it was trained on.
     inputs: how its pixels were scaled.
     sha256: hex, of the *converted* file; None if it has not been measured yet, and then the name alone is
@@ -61,6 +62,7 @@ _CC = "CC BY 4.0"
 _CENTRED = "2 x - 1 of pixels in [0, 1]; dpnb standardises instead, which the first layers must get used to"
 _IMAGENET = "mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225)"
 _STANDARD = "standardised as in dpnb.data.augment"
+_PIXELS = f"{_STANDARD}, and then back to 0 ... 255"
 _PHOTOGRAPHS = (
     "ImageNet, the photographs of imagenet2012 (and so of imagenette, imagenet_resized, tiny_imagenet32)"
 )
@@ -77,6 +79,13 @@ WEIGHTS = {
     "wrn-10-2-textures": Weights(
         "", "dpnb", "Apache-2.0", "wrn-10-2", 192, "random textures, no photograph at all", _STANDARD,
         "2aa676caf7e04859498f4006f07d8d60d72ed8f7d4b373938fbae5b37612b181",
+    ),
+    "patches-dead-leaves": Weights(
+        "", "dpnb", "Apache-2.0", "patch-linear", 0, "random dead leaves, no photograph at all", _PIXELS, "e36611bb8396a564af6b39ee7c629a2159ce012ddd8e78a5eacaacb7593ca158",
+    ),
+    "patches-tiny-imagenet32": Weights(
+        "", "dpnb", "learnt from ImageNet photographs: non-commercial research", "patch-linear", 0,
+        "Tiny ImageNet, averaged to 32x32, without its labels", _PIXELS, "840247f1a01e8e7193adb099a5c86585a0e5fb1897366c9e43c5fcda67911370",
     ),
     "nf-resnet-14-textures": Weights(  # a quarter as wide
         "", "dpnb", "Apache-2.0", "nf-resnet-14", 192, "random textures, no photograph at all", _STANDARD,
@@ -270,11 +279,20 @@ def pack(path: str | pathlib.Path) -> bytes:
     Raises:
       ValueError: values are not finite in float16. Other errors as in `load`.
     """
+    return packed(load(path), saw(path), path)
+
+
+def packed(weights: Arrays, saw: str, source="a network") -> bytes:
+    """Returns a safetensors file with these parameters in float16, and with what they saw.
+
+    Raises:
+      ValueError: values are not finite in float16; the message names the source.
+    """
     with np.errstate(over="ignore"):  # refused below
-        half = {name: array.astype(np.float16) for name, array in sorted(load(path).items())}
+        half = {name: array.astype(np.float16) for name, array in sorted(weights.items())}
     if not all(np.isfinite(array).all() for array in half.values()):
-        raise ValueError(f"{path} has values that are not finite in float16, beyond 65504; keep it as it is")
-    return serialised(half, {"saw": saw(path)})
+        raise ValueError(f"{source} has values that are not finite in float16, beyond 65504; keep it as it is")
+    return serialised(half, {"saw": saw})
 
 
 def _check(name: str, content: bytes, sha256: str, source) -> None:

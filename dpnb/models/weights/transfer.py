@@ -54,9 +54,10 @@ def freeze(model: nnx.Module, trainable: str) -> None:
     """
     if trainable == "all":
         return
-    last, blocks = int(trainable.removeprefix("last-")), len(model.blocks)
+    last, blocks = int(trainable.removeprefix("last-")), len(getattr(model, "blocks", ()))
     if last > blocks:
-        raise ValueError(f"{trainable}: the network has {blocks} blocks; use last-{blocks}, or all")
+        other = f"last-{blocks}, or all" if blocks else "classifier, or all"
+        raise ValueError(f"{trainable}: the network has {blocks} blocks; use {other}")
     trained = ("norm/", "final/", "linear/", *(f"blocks/{i}/" for i in range(blocks - last, blocks)))
     for name, (module, leaf) in _parameters(model).items():
         if not name.startswith(trained):
