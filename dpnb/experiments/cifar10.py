@@ -100,7 +100,7 @@ SCATTER = [
 ]
 
 
-def _on_patches(learning_rate: float, clip_norm: float = 16.0) -> dict:
+def _on_patches(learning_rate: float) -> dict:
     """The settings of a linear layer on patches, whatever images these were learnt from."""
     return dict(
         network="patch-linear",
@@ -109,18 +109,18 @@ def _on_patches(learning_rate: float, clip_norm: float = 16.0) -> dict:
         steps=60,
         expected_batch_size=50_000,
         augmult=0,
-        clip_norm=clip_norm,
+        clip_norm=8.0,
         learning_rate=learning_rate,
         momentum=0.9,
         ema_decay=0.9,
-        physical_batch_size=2500,
+        physical_batch_size=100,
         eval_every=10,
     )
 
 
 ON_PATCHES = {
     epsilon: _on_patches(rate)
-    for epsilon, rate in zip(EPSILONS, (0.75, 1.0, 1.5, 2.0, 2.5, 3.0), strict=True)
+    for epsilon, rate in zip(EPSILONS, (1.0, 1.75, 2.5, 3.0, 4.0, 5.0), strict=True)
 }
 # Features of patches that were learnt from random dead leaves, without any photograph. Every update sees all images,
 # so no noise is wasted. Learning rate and clipping norm: see docs/results.md.

@@ -63,7 +63,10 @@ class Bank(nnx.Module):
     def _halves(self, answers: jax.Array) -> jax.Array:
         """Averages over quarters, and over the mirror images: the left half then says all, [batch, 4 filters]."""
         batch, h, w, twins = answers.shape
-        size, step = ((h + 1) // 2, (w + 1) // 2), (h // 2, w // 2)  # quarters share the middle of an odd side
+        size, step = (
+            ((h + 1) // 2, (w + 1) // 2),
+            (h // 2, w // 2),
+        )  # quarters share the middle of an odd side
         sums = jax.lax.reduce_window(answers, 0.0, jax.lax.add, (1, *size, 1), (1, *step, 1), "VALID")
         left, right = sums[:, :, 0], jnp.roll(sums[:, :, 1], twins // 2, -1)
         return (left + right).reshape(batch, -1) / (2 * math.prod(size))

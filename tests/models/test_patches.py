@@ -30,7 +30,9 @@ def images(n: int) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def public() -> Dataset:
-    return Dataset("public", Split(images(300), np.zeros(300)), Split(images(2), np.zeros(2)), ("one",), "")
+    return Dataset(
+        "public", Split(images(300), np.zeros(300, int)), Split(images(2), np.zeros(2, int)), ("one",), ""
+    )
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +117,9 @@ def test_k_means_finds_the_directions_of_points_of_either_sign():
 
 
 def test_whitened_answers_are_uncorrelated_and_rare_directions_smaller():
-    answers = (RANDOM.normal(size=(4000, 6)) * [9, 5, 3, 2, 1, 0.1]) @ np.linalg.qr(RANDOM.normal(size=(6, 6)))[0]
+    answers = (RANDOM.normal(size=(4000, 6)) * [9, 5, 3, 2, 1, 0.1]) @ np.linalg.qr(
+        RANDOM.normal(size=(6, 6))
+    )[0]
     mean, whitening = learning.whiten(answers.astype(np.float32), 4)
     covariance = np.cov(((answers - mean) @ whitening).T)
     values = np.linalg.eigvalsh(np.cov(answers.T))[::-1]
@@ -129,12 +133,16 @@ def test_filters_do_not_see_the_mean_of_a_patch(learnt):
 
 
 def test_labels_are_not_read_and_the_seed_decides(public, learnt):
-    other = dataclasses.replace(public, train=Split(public.train.images, np.zeros(300) + np.arange(300) % 2), classes=("a", "b"))
+    other = dataclasses.replace(
+        public, train=Split(public.train.images, np.arange(300) % 2), classes=("a", "b")
+    )
     again = learning.learn(other, WIDTH)
     assert again.keys() == learnt.keys()
     for name, array in learnt.items():
         np.testing.assert_array_equal(again[name], array)
-    assert np.abs(learning.learn(public, WIDTH, seed=1)["banks/0/kernel"] - learnt["banks/0/kernel"]).max() > 0.1
+    assert (
+        np.abs(learning.learn(public, WIDTH, seed=1)["banks/0/kernel"] - learnt["banks/0/kernel"]).max() > 0.1
+    )
 
 
 def test_too_few_images_are_refused(public):
@@ -175,7 +183,12 @@ def test_a_private_layer_learns_on_them(tmp_path):
     """Ten classes of digits, from 1,500 images: far above chance at epsilon 8."""
     digits = data.load("digits")
     e = experiments.get(
-        "cifar10/patch-linear/eps8", dataset="digits", steps=20, expected_batch_size=1500, delta=1e-4, eval_every=0
+        "cifar10/patch-linear/eps8",
+        dataset="digits",
+        steps=20,
+        expected_batch_size=1500,
+        delta=1e-4,
+        eval_every=0,
     )
     read = features.prepare(e, digits)
     assert read.train.images.shape == (1500, patches.FEATURES)

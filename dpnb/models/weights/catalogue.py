@@ -291,7 +291,9 @@ def packed(weights: Arrays, saw: str, source="a network") -> bytes:
     with np.errstate(over="ignore"):  # refused below
         half = {name: array.astype(np.float16) for name, array in sorted(weights.items())}
     if not all(np.isfinite(array).all() for array in half.values()):
-        raise ValueError(f"{source} has values that are not finite in float16, beyond 65504; keep it as it is")
+        raise ValueError(
+            f"{source} has values that are not finite in float16, beyond 65504; keep it as it is"
+        )
     return serialised(half, {"saw": saw})
 
 

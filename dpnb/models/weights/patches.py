@@ -18,7 +18,9 @@ PATCHES = 200_000  # from which the filters of a scale are learnt
 ROUNDS = 12  # of k-means
 IMAGES = 20_000  # at most, from which the filters are learnt, and as many for the covariance
 PATCH_FLOOR = 0.1  # added to the variances of patches, which are near 1, before they are whitened
-FLOOR = 0.3  # of the mean variance, added to those of the answers: rare directions stay smaller than common ones
+FLOOR = (
+    0.3  # of the mean variance, added to those of the answers: rare directions stay smaller than common ones
+)
 BATCH = 10  # images at once: what is computed stays in the cache
 
 
@@ -45,7 +47,9 @@ def learn(data: Dataset, width: float = 1.0, seed: int = 0) -> Arrays:
     """
     filters, features = int(patches.FILTERS * width), int(patches.FEATURES * width)
     if len(data.train) < 2 * features:
-        raise ValueError(f"a covariance of {features} features needs twice as many images, got {len(data.train)}")
+        raise ValueError(
+            f"a covariance of {features} features needs twice as many images, got {len(data.train)}"
+        )
     random = np.random.default_rng(seed)
     chosen = data.train.images[np.sort(random.permutation(len(data.train))[: 2 * IMAGES])]
     random.shuffle(chosen)
@@ -57,7 +61,10 @@ def learn(data: Dataset, width: float = 1.0, seed: int = 0) -> Arrays:
     mean, whitening = whiten(_answers(model, chosen[half:]), features)
     learnt = {"mean": mean, "whitening": whitening}
     for i, bank in enumerate(model.banks):
-        learnt |= {f"banks/{i}/kernel": np.asarray(bank.kernel[...]), f"banks/{i}/bias": np.asarray(bank.bias[...])}
+        learnt |= {
+            f"banks/{i}/kernel": np.asarray(bank.kernel[...]),
+            f"banks/{i}/bias": np.asarray(bank.bias[...]),
+        }
     return learnt
 
 
