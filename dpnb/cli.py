@@ -40,11 +40,12 @@ FIGURES = {
 RECORDS = "directory of records (default: results, else those that come with dpnb)"
 # The rows of the table in the README, (experiment, preset).
 README_ROWS = (
-    ("cifar10/wrn-16-4/eps8", "smoke"),
     ("cifar10/wrn-16-4/eps8", "teach"),
+    ("cifar10/patch-linear/eps1", "paper"),
+    ("cifar10/patch-linear/eps3", "paper"),
+    ("cifar10/patch-linear/eps8", "paper"),
     ("cifar10/scatter-linear/eps1", "paper"),
     ("cifar10/scatter-linear/eps3", "paper"),
-    ("cifar10/scatter-linear/eps8", "paper"),
     ("cifar10/finetune/all/eps1", "teach"),
     ("cifar10/finetune/classifier/eps1", "teach"),
     ("cifar10/finetune/scratch/eps1", "teach"),

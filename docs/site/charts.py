@@ -1,6 +1,7 @@
 """Pictures of the first page that show a table: the published numbers beside ours. All have one style."""
 
 import contextlib
+import itertools
 import pathlib
 from collections.abc import Iterator
 
@@ -77,9 +78,10 @@ def against_epsilon(frame, title: str) -> Figure:
         drawn(axis, rows, "paper", f"{whose}, {name.lower()}", GREEN, "^", "none", hollow=True)
     ran = frame[frame["n"] != "-"]
     full = ran[ran["preset"] == "paper"]
-    for name, rows in full.groupby("family", sort=False):
+    looks = itertools.cycle([("o", "-"), ("v", "-.")])
+    for (name, rows), (marker, line) in zip(full.groupby("family", sort=False), looks, strict=False):
         n = ", ".join(str(k) for k in rows["n"])
-        drawn(axis, rows, "ours", f"ours, {name.lower()} at full scale (n = {n})", BLUE, "o", "-")
+        drawn(axis, rows, "ours", f"ours, {name.lower()} at full scale (n = {n})", BLUE, marker, line)
     for (preset, name), rows in ran[ran["preset"] != "paper"].groupby(["preset", "family"], sort=False):
         n = ", ".join(str(k) for k in rows["n"])
         label = f"ours, {name} at smaller scale: {preset} (n = {n}), not comparable"

@@ -25,7 +25,7 @@ from dpnb.models.pure import jitted
 from dpnb.training.progress import interactive
 from dpnb.training.settings import rounding
 
-KEPT = 256 * 2**20  # bytes: features that take less are made in seconds and stay in memory
+KEPT = 64 * 2**20  # bytes: features that take less are made in a minute or two and stay in memory
 CODE = ("data", "models", "training/features.py")  # decides the numbers, together with `words` and the images
 
 

@@ -1,5 +1,6 @@
 """Random images: the same on every call, of classes that their structure tells apart and their colours do not."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -60,3 +61,18 @@ def test_structure_tells_the_class_and_colour_does_not(made):
     chance = 1 / CLASSES
     assert accuracy(power, made) > 8 * chance
     assert accuracy(colour, made) < 4 * chance
+
+
+def test_one_family_alone(monkeypatch):
+    """Dead leaves by their own name, each from its process and number; the full set is drawn as it is described."""
+    made = textures.dataset(4, train=8, test=4, families=("dead leaves",))
+    processes, images = jax.random.split(jax.random.key(0))
+    want = textures.draw(0, processes, images, np.arange(8) % 4, np.arange(8))
+    np.testing.assert_array_equal(made.train.images, want)
+    assert made.name == "dead-leaves" and list(made.classes) == [f"dead leaves {i}" for i in range(4)]
+    drawn = {}
+    monkeypatch.setattr(
+        textures, "dataset", lambda *sizes, families: drawn.update(sizes=sizes, families=families)
+    )
+    textures.only_dead_leaves()
+    assert drawn == {"sizes": (1000, 40_000, 1000), "families": ("dead leaves",)}

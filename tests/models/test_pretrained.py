@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save
 
-from dpnb.models import NFResNet, WideResNet, functional
+from dpnb.models import NFResNet, PatchLinear, WideResNet, functional
 from dpnb.models.weights import catalogue as pretrained
 from dpnb.models.weights.__main__ import main
 from dpnb.results import flatten
@@ -212,6 +212,9 @@ def test_ours_come_with_dpnb_and_with_their_hash(tmp_path, monkeypatch):
     for name, weights in ours_.items():
         if weights.network == "nf-resnet-14":  # a quarter as wide
             model = NFResNet(14, weights.num_classes, width=0.25, rngs=nnx.Rngs(0))
+        elif weights.network == "patch-linear":  # whose linear layer nothing has trained
+            model = PatchLinear(rngs=nnx.Rngs(0))
+            del model.linear
         else:
             model = WideResNet(*weights.shape, weights.num_classes, rngs=nnx.Rngs(0))
         params, _ = functional(model)

@@ -4,7 +4,6 @@ Patches of equal contrast are whitened and clustered by spherical k-means (Coate
 filters. Then the covariance of their answers, on other public images, gives the principal components that are kept.
 """
 
-import jax
 import numpy as np
 from flax import nnx
 
