@@ -47,6 +47,7 @@ def test_shows_what_is_on_record(name, tmp_path):
         "cifar10_ablation.ipynb": 3,
         "cifar10_batch_noise_steps.ipynb": 5,
         "cifar10_depth_width.ipynb": 2,
+        "cifar10_table.ipynb": 2,
     }
     assert sum("image/png" in o.get("data", {}) for o in outputs) == figures.get(name, 1)
     assert "Images of these runs: 1,020 of the 60,000" in text  # what the records say of them
