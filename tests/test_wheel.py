@@ -74,7 +74,7 @@ def test_what_a_wheel_holds(built):
     for pattern in ("notebooks/**/*.ipynb", "results/**/result.json", "results/pretrained/*.safetensors"):
         files = {path.relative_to(ROOT) for path in ROOT.glob(pattern)}
         assert files and {str(path) for path in files if ".ipynb_checkpoints" not in path.parts} <= shared
-    assert built.wheel.stat().st_size < 5 * 2**20
+    assert built.wheel.stat().st_size < 16 * 2**20  # of which patches are 12
 
 
 def test_an_editable_installation_uses_the_checkout(tmp_path):
