@@ -99,27 +99,22 @@ SCATTER = [
     for epsilon in EPSILONS
 ]
 
-
-def _on_patches(learning_rate: float) -> dict:
-    """The settings of a linear layer on patches, whatever images these were learnt from."""
-    return dict(
-        network="patch-linear",
-        width=1,
-        trainable="classifier",
-        steps=60,
-        expected_batch_size=50_000,
-        augmult=0,
-        clip_norm=8.0,
-        learning_rate=learning_rate,
-        momentum=0.9,
-        ema_decay=0.9,
-        physical_batch_size=100,
-        eval_every=10,
-    )
-
-
+# A linear layer on patches, whatever images these were learnt from: its settings by epsilon.
+_LAYER = dict(
+    network="patch-linear",
+    width=1,
+    trainable="classifier",
+    steps=60,
+    expected_batch_size=50_000,
+    augmult=0,
+    clip_norm=8.0,
+    momentum=0.9,
+    ema_decay=0.9,
+    physical_batch_size=100,
+    eval_every=10,
+)
 ON_PATCHES = {
-    epsilon: _on_patches(rate)
+    epsilon: _LAYER | dict(learning_rate=rate)
     for epsilon, rate in zip(EPSILONS, (1.0, 1.75, 2.5, 3.0, 4.0, 5.0), strict=True)
 }
 # Features of patches that were learnt from random dead leaves, without any photograph. Every update sees all images,

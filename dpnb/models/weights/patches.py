@@ -10,6 +10,7 @@ from flax import nnx
 from dpnb.data import Dataset
 from dpnb.models import patches
 from dpnb.models.patches import SCALES, SIZE, PatchLinear
+from dpnb.models.pure import jitted
 from dpnb.models.weights.catalogue import packed
 from dpnb.models.weights.conversion import Arrays
 
@@ -131,9 +132,9 @@ def _patches(images: np.ndarray, by: int, random: np.random.Generator) -> np.nda
 
 
 def _answers(model: PatchLinear, images: np.ndarray) -> np.ndarray:
-    apply = nnx.jit(lambda model, pixels: model.answers(pixels))
+    apply = jitted(model, lambda model, pixels: model.answers(pixels))
     whole = len(images) // BATCH * BATCH
-    return np.concatenate([np.asarray(apply(model, np.float32(part))) for part in _batches(images[:whole])])
+    return np.concatenate([np.asarray(apply(np.float32(part))) for part in _batches(images[:whole])])
 
 
 def _batches(images: np.ndarray):
